@@ -1,0 +1,78 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from cluster import seeds
+from cluster.config import Run
+from cluster.pool import LocalPool, Pool
+from cluster.worker import Recipe
+from learners import execution
+from learners.base import Params
+from learners.models import Functional, functional
+from learners.objectives import NormMode, Supervised
+from learners.verbs import training_steps
+
+
+def model(run: Run) -> Functional:
+    """The run's model, initialised from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return functional(run.model.build(run.task.inputs, run.task.outputs))
+
+
+def recipe(run: Run) -> tuple[Recipe, Params]:
+    """What workers are made from, and the model's initial parameters. Execution must be resolved."""
+    if run.execution == "auto":
+        raise ValueError("execution='auto' must be resolved first")
+    network = model(run)
+    objective = Supervised(
+        network,
+        loss="mse" if run.task.kind == "regression" else "cross_entropy",
+        norm=run.objective.norm,
+        scale=run.objective.scale,
+        report=cast(tuple[NormMode, ...], run.evaluation.norms),
+        momentum=run.objective.momentum,
+    )
+    parts = Recipe(
+        tasks=run.task, learner=run.learner, objective=objective, outer=run.outer, seed=run.seed,
+        evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps, execution=run.execution,
+        chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads,
+    )  # fmt: skip
+    return parts, network.params()
+
+
+def resolved(run: Run) -> tuple[Run, str]:
+    """The run with everything decided that "auto" and 0 leave open, and one sentence on why.
+
+    Needs the task's data. The decisions do not depend on the number of workers, so that the numbers do not either.
+    """
+    if getattr(run.outer, "horizon", None) == 0:
+        run = replace(run, outer=replace(run.outer, horizon=run.iterations))  # type: ignore[type-var]
+    if run.execution != "auto":
+        return run, f"execution = {run.execution}, as configured"
+    task = run.task.sample("train", seeds.generator(run.seed, "train", 0, "task"))
+    x = torch.from_numpy(task.get("query_x", task["support_x"]))
+    mode, why = execution.choose(
+        activation_bytes=model(run).widest(x),
+        device=run.device,
+        inner_steps=training_steps(run.learner),
+        tasks_per_call=run.shard,
+        calls=run.iterations * (run.meta_batch // run.shard),
+        compiler=execution.has_compiler(),
+    )
+    return replace(run, execution=mode), why
+
+
+def pool(run: Run, parts: Recipe) -> Pool:
+    """The pool that the run asks for."""
+    if run.pool == "local":
+        return LocalPool(parts)
+    from cluster.ray_pool import RayPool  # importing Ray takes its time; local runs do without
+
+    return RayPool(parts, run.workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
+                   address=run.address, limits=run.policy)  # fmt: skip

@@ -1,0 +1,33 @@
+"""Tasks, models and learners by name. One line adds one."""
+
+from __future__ import annotations
+
+from cluster.policies import Synchronous
+from envs.base import TaskDistribution
+from envs.glyphs import Glyphs
+from envs.image_folder import ImageFolder
+from envs.images import Episodes, ImageSource
+from envs.omniglot import Omniglot
+from envs.sinusoid import Sinusoid
+from learners.base import Learner, Outer
+from learners.maml import MAML
+from learners.models import MLP, Conv4, ModelSpec
+from learners.outer import Descent
+from learners.reptile import Reptile
+
+TASKS: dict[str, type] = {"sinusoid": Sinusoid, "episodes": Episodes}
+SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
+MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4}
+LEARNERS: dict[str, type] = {"maml": MAML, "reptile": Reptile}
+OUTERS: dict[str, type] = {"descent": Descent}
+POLICIES: dict[str, type] = {"synchronous": Synchronous}
+
+CHOICES: dict[str, dict[str, type]] = {
+    TaskDistribution.__name__: TASKS,
+    ImageSource.__name__: SOURCES,
+    ModelSpec.__name__: MODELS,
+    Learner.__name__: LEARNERS,
+    Outer.__name__: OUTERS,
+    "Policy": POLICIES,
+}
+"""For each interface that a configuration key may hold: the classes that can stand there, by the table's `name`."""

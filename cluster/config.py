@@ -1,0 +1,251 @@
+"""The typed configuration of a run: TOML presets with `extends`, then `--key value`; unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pydantic
+import tomli_w
+
+from cluster.catalog import CHOICES
+from cluster.driver import Checkpointing
+from cluster.evaluate import Evaluation
+from cluster.policies import Synchronous
+from envs.base import TaskDistribution
+from envs.sinusoid import Sinusoid
+from learners.base import Learner, Outer
+from learners.maml import MAML
+from learners.models import MLP, ModelSpec
+from learners.objectives import NormMode
+from learners.outer import Descent
+
+PRESETS = Path(__file__).parent / "presets"
+Table: TypeAlias = dict[str, Any]
+Policy: TypeAlias = Synchronous
+
+NOTES = ("description", "reference", "extends", "environment")
+"""Keys of a TOML file that say something about the run, and are not configuration."""
+
+RESUMABLE = ("iterations", "workers", "pool", "address", "cpus_per_worker", "gpus_per_worker", "allow_mixed_fleet", "checkpoint", "evaluation")
+"""Keys that may change when a run goes on: they do not enter its numbers."""
+
+
+@dataclass(frozen=True)
+class ObjectiveKeys:
+    """The supervised objective; the loss follows from the task."""
+
+    norm: NormMode = "transductive"
+    """What BatchNorm's statistics are taken from when the query is predicted."""
+    scale: Literal["mean", "sum_over_shots"] = "mean"
+    """Mean over examples, or cbfinn's sum over examples divided by shots: inner gradients N (ways) times larger."""
+    momentum: float = 0.1
+    """With norm = "frozen": rate at which the carried statistics follow the tasks'."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One meta-training run."""
+
+    task: TaskDistribution = field(default_factory=Sinusoid)
+    """What there is to learn."""
+    model: ModelSpec = field(default_factory=MLP)
+    """What adapts."""
+    learner: Learner = field(default_factory=MAML)
+    """How it adapts, and what it gives back."""
+    outer: Outer = field(default_factory=Descent)
+    """How θ moves."""
+    objective: ObjectiveKeys = field(default_factory=ObjectiveKeys)
+    """Normalisation mode and loss scale."""
+    policy: Policy = field(default_factory=Synchronous)
+    """When to step, and what counts as late."""
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    """When the run saves itself."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """When and how much it evaluates."""
+    seed: int = 0
+    """Seed of the initial θ and of the training tasks."""
+    iterations: int = 1000
+    """Meta-iterations (outer steps)."""
+    meta_batch: int = 4
+    """Tasks per meta-iteration; a multiple of `shard`."""
+    shard: int = 1
+    """Tasks that a worker takes at a time."""
+    pool: Literal["ray", "local"] = "ray"
+    """Where tasks run: on Ray actors, or in this process."""
+    workers: int = 2
+    """Ray actors."""
+    cpus_per_worker: float = 1.0
+    """CPUs that each actor reserves."""
+    gpus_per_worker: float = 0.0
+    """GPUs that each actor reserves; fractions allowed."""
+    address: str = "local"
+    """Ray cluster: "local" starts one of its own (inside a Ray job: joins it), "auto" finds one, or host:port."""
+    device: str = "cpu"
+    """Device of the workers: cpu or cuda."""
+    threads: int = 1
+    """Torch threads per worker."""
+    execution: Literal["auto", "loop", "vmap", "compiled"] = "auto"
+    """How a shard's tasks run; auto decides by rule, never by timing."""
+    chunk: int = 0
+    """Tasks at a time under vmap; 0: all of a shard."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of parameters and data."""
+    allow_mixed_fleet: bool = False
+    """Accept workers whose versions or processors differ: results then depend on who computed what."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "meta_batch", "shard", "workers", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 wanted")
+        if self.meta_batch % self.shard:
+            raise ValueError(f"meta_batch={self.meta_batch} is not a multiple of shard={self.shard}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: a number from 0 on wanted")
+
+
+def load(name: str, overrides: dict[str, str] | None = None) -> Run:
+    """The run of a preset's name or a TOML file's path; `overrides` are "learner.name": "reptile" and the like.
+
+    Raises ValueError for unknown names and keys, naming the nearest known one.
+    """
+    table = read(name)
+    for path, choice in (overrides or {}).items():
+        _choose(table, path.split("."), choice)
+    return from_table(Run, table)
+
+
+def read(name: str) -> Table:
+    """The raw table of a preset or file, with what it extends merged in."""
+    path = find(name)
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    base = table.pop("extends", None)
+    table = _merged(read(base), table) if base else table
+    for note in NOTES:
+        table.pop(note, None)
+    return table
+
+
+def find(name: str) -> Path:
+    """The file of a preset's name or a path."""
+    if name.endswith(".toml"):
+        if not Path(name).exists():
+            raise ValueError(f"RUN={name}: no such file")
+        return Path(name)
+    path = PRESETS / f"{name}.toml"
+    if not path.exists():
+        raise ValueError(f"RUN={name!r} is no preset{_nearest(name, presets())}; `metafleet list` shows all, a path to a TOML file works too")
+    return path
+
+
+def presets() -> list[str]:
+    """Names of all presets."""
+    return sorted(p.stem for p in PRESETS.glob("*.toml"))
+
+
+def from_table(cls: Any, table: Table, path: str = "") -> Any:
+    """A dataclass from a table. Raises ValueError with the full key for whatever does not fit."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in fields:
+            raise ValueError(f"unknown key {path}{key}{_nearest(key, sorted(fields), path)}")
+    values = {key: _value(hints[key], value, f"{path}{key}") for key, value in table.items()}
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}{error}" if path and isinstance(error, ValueError) else str(error).replace(f"{cls.__name__}.__init__() ", path)) from error
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    choices = CHOICES.get(getattr(hint, "__name__", ""))
+    if choices is None and hint is Policy:
+        choices = CHOICES["Policy"]
+    if choices is not None or dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}={value!r}: a table wanted")
+        rest = dict(value)
+        if choices is not None:
+            name = rest.pop("name", None)
+            if name not in choices:
+                raise ValueError(f"{path}.name={name!r} is not one of {', '.join(choices)}{_nearest(str(name), list(choices))}")
+            hint = choices[name]
+        return from_table(hint, rest, f"{path}.")
+    try:
+        return pydantic.TypeAdapter(hint, config={"allow_inf_nan": True}).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{path}={value!r}: {error.errors()[0]['msg'].replace('Input should', 'should')}") from error
+
+
+def to_table(config: Any) -> Table:
+    """The table that `from_table` reads back; every key is there, names of choices included."""
+    table: Table = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            names = {c: n for choices in CHOICES.values() for n, c in choices.items()}
+            name = {"name": names[type(value)]} if type(value) in names else {}
+            table[f.name] = name | to_table(value)
+        else:
+            table[f.name] = list(value) if isinstance(value, tuple) else value
+    return table
+
+
+def to_toml(run: Run, notes: Table | None = None) -> str:
+    """The resolved run as TOML; scalars first, then tables."""
+    table = to_table(run)
+    scalars = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    return tomli_w.dumps(scalars | {k: v for k, v in table.items() if isinstance(v, dict)} | (notes or {}))
+
+
+def flat(table: Table, path: str = "") -> dict[str, Any]:
+    """Leaves by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return leaves
+
+
+def check_resumable(old: Run, new: Run) -> None:
+    """Raise ValueError where `new` differs from `old` in a key that the numbers depend on."""
+    before, after = flat(to_table(old)), flat(to_table(new))
+    for key in before | after:
+        if before.get(key) != after.get(key) and key.split(".")[0] not in RESUMABLE:
+            raise ValueError(
+                f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: it cannot change on resume "
+                f"(only {', '.join(RESUMABLE)} can); use another directory for another run"
+            )
+
+
+def _choose(table: Table, path: list[str], choice: str) -> None:
+    """Set a `name` key; keys of another choice do not carry over."""
+    for key in path[:-1]:
+        table = table.setdefault(key, {})
+    if table.get("name") != choice:
+        kept = {k: v for k, v in table.items() if isinstance(v, dict)}
+        table.clear()
+        table.update(kept)
+        table["name"] = choice
+
+
+def _merged(base: Table, table: Table) -> Table:
+    if "name" in table and table["name"] != base.get("name"):
+        return dict(table)
+    merged = dict(base)
+    for key, value in table.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
+
+
+def _nearest(word: str, known: list[str], path: str = "") -> str:
+    near = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean {path}{near[0]}?" if near else ""

@@ -1,0 +1,194 @@
+"""Getting shards done by a fleet that may fail: submit, collect, retry, judge."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from cluster.aggregate import Tree, is_finite
+from cluster.ledger import Ledger
+from cluster.messages import Assignment, Contribution, Event, Failure, FleetEvent
+from cluster.pool import Pool
+from learners.base import Params, Sum
+
+log = logging.getLogger("metafleet")
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on as it is; what it reached is on disk, and it can be resumed."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """`count` consecutive shards of `size` tasks, from task `start` of `split`."""
+
+    split: str
+    start: int
+    count: int
+    size: int
+
+
+class Round:
+    """One verb over some shards; `total()` once `done`."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self.tickets: dict[int, int] = {}  # ticket → shard index
+        self.tree = Tree(shards.count)
+        self.seconds = 0.0
+        self.rejected = 0
+
+    @property
+    def done(self) -> bool:
+        return self.tree.done
+
+    def total(self) -> Sum:
+        """Σ over the shards."""
+        return self.tree.total()
+
+
+class Dispatcher:
+    """Turns rounds into assignments, and events into answers.
+
+    A failed attempt is repeated, up to `max_attempts` in all. An answer that is not finite is computed once more,
+    elsewhere if possible: the same again means that the tasks do it, so they are rejected; something else means
+    that a worker is broken, and is counted as corruption.
+    """
+
+    def __init__(self, pool: Pool, ledger: Ledger, *, max_attempts: int = 5, max_rejected: float = 0.1,
+                 on_event: Callable[[FleetEvent], None] = lambda event: None,
+                 interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
+        self.pool, self.ledger = pool, ledger
+        self.max_attempts, self.max_rejected = max_attempts, max_rejected
+        self._on_event, self._interrupted = on_event, interrupted
+        self._queues: tuple[deque[Assignment], deque[Assignment]] = (deque(), deque())  # training, background
+        self._rounds: dict[int, Round] = {}  # open ticket → its round
+        self._background: set[int] = set()
+        self._suspects: dict[int, bytes] = {}  # ticket → digest of a non-finite first answer
+        self._handles: set[int] = set()
+
+    def publish(self, value: Params) -> int:
+        """Broadcast `value` to the fleet."""
+        handle = self.pool.publish(value)
+        self._handles.add(handle)
+        return handle
+
+    def release(self, handle: int) -> None:
+        """Take a broadcast back."""
+        self._handles.discard(handle)
+        self.pool.release(handle)
+
+    def start(self, verb: str, at: int, operand: int | None, shards: Shards, *, background: bool = False) -> Round:
+        """Queue a round. Background rounds are submitted only while no other assignment waits."""
+        started = Round(shards)
+        for index in range(shards.count):
+            first = shards.start + index * shards.size
+            ticket, self.ledger.next_ticket = self.ledger.next_ticket, self.ledger.next_ticket + 1
+            started.tickets[ticket] = index
+            self._rounds[ticket] = started
+            if background:
+                self._background.add(ticket)
+            self._enqueue(Assignment(ticket, 0, verb, at, operand, shards.split, first, first + shards.size, 0))
+        return started
+
+    def finish(self, wanted: Round) -> Sum:
+        """Work until `wanted` is done. Raises RunStopped where it cannot be, KeyboardInterrupt where asked to stop."""
+        while not wanted.done:
+            self.pump(1.0)
+        return wanted.total()
+
+    def pump(self, timeout: float) -> None:
+        """Submit what the fleet takes, then handle what comes back within `timeout` seconds."""
+        if self._interrupted():
+            raise KeyboardInterrupt
+        while any(self._queues) and self.pool.free() > 0:
+            queue = self._queues[0] or self._queues[1]
+            assignment = replace(queue.popleft(), oldest=min(self._handles, default=0))
+            self.ledger.dispatch(assignment)
+            self.pool.submit(assignment)
+        for event in self.pool.poll(timeout):
+            self._handle(event)
+
+    def abandon(self) -> None:
+        """Forget everything queued and open."""
+        self.ledger.abandon()
+        for queue in self._queues:
+            queue.clear()
+        self._rounds.clear()
+        self._background.clear()
+        self._suspects.clear()
+
+    def _enqueue(self, assignment: Assignment) -> None:
+        queue = self._queues[assignment.ticket in self._background]
+        if assignment.attempt:
+            queue.appendleft(assignment)
+        else:
+            queue.append(assignment)
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, FleetEvent):
+            self._on_event(event)
+        elif self.ledger.is_open(event.ticket):
+            if isinstance(event, Failure):
+                self._retry(event)
+            else:
+                self._judge(event)
+
+    def _retry(self, failure: Failure) -> None:
+        assignment = self.ledger.open[failure.ticket]
+        if failure.attempt != assignment.attempt:
+            return  # a later attempt is under way
+        where = f"tasks {assignment.start}–{assignment.stop - 1} ({assignment.split}, {assignment.verb})"
+        if assignment.attempt + 1 >= self.max_attempts:
+            raise RunStopped(f"{where} failed {self.max_attempts} times; the last time on {failure.worker}: {failure.reason}")
+        log.warning("%s: %s on %s (%s); trying again", where, failure.kind, failure.worker, failure.reason)
+        self._enqueue(replace(assignment, attempt=assignment.attempt + 1))
+
+    def _judge(self, answer: Contribution) -> None:
+        ticket = answer.ticket
+        if is_finite(answer):
+            if ticket in self._suspects:
+                self._corrupted(answer)
+            self._settle(answer)
+            return
+        digest = hashlib.sha256(answer.vector.tobytes()).digest()
+        if ticket not in self._suspects:
+            self._suspects[ticket] = digest
+            assignment = self.ledger.open[ticket]
+            self._enqueue(replace(assignment, attempt=assignment.attempt + 1))
+        elif self._suspects[ticket] == digest:
+            self._reject(ticket)
+        else:
+            self._corrupted(answer)
+            self._retry(Failure(ticket, self.ledger.open[ticket].attempt, answer.worker, "error", "numbers that are not finite, and differ"))
+
+    def _corrupted(self, answer: Contribution) -> None:
+        self.ledger.counts["corrupted"] += 1
+        log.warning("ticket %d gave different answers to the same work; the last worker was %s", answer.ticket, answer.worker)
+
+    def _settle(self, answer: Contribution) -> None:
+        round_ = self._close(answer.ticket)
+        self.ledger.arrive(answer.ticket)
+        round_.seconds += answer.seconds
+        round_.tree.add(round_.tickets[answer.ticket], answer)
+
+    def _reject(self, ticket: int) -> None:
+        round_ = self._close(ticket)
+        a = self.ledger.open[ticket]
+        self.ledger.reject(ticket, "not finite, twice")
+        log.warning("tasks %d–%d (%s, %s) give numbers that are not finite; rejected", a.start, a.stop - 1, a.split, a.verb)
+        round_.rejected += 1
+        round_.tree.reject(round_.tickets[ticket])
+        if round_.rejected > self.max_rejected * round_.shards.count:
+            raise RunStopped(
+                f"{round_.rejected} of {round_.shards.count} shards of {a.verb!r} are not finite (more than {self.max_rejected:.0%}): "
+                "the run diverges; a smaller rate or gradient clipping may help"
+            )
+
+    def _close(self, ticket: int) -> Round:
+        self._background.discard(ticket)
+        self._suspects.pop(ticket, None)
+        return self._rounds.pop(ticket)

@@ -1,0 +1,136 @@
+"""Adaptation curves on held-out tasks, with confidence intervals: evaluation is a verb like any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from torch import Tensor
+
+from cluster.dispatch import Dispatcher, Shards
+from cluster.worker import Recipe
+from envs.base import Array, Predict
+from learners.base import Data, Meta, Params, pack
+
+HIGHER_IS_BETTER = ("accuracy", "return")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When and how much a run evaluates."""
+
+    every: int = 0
+    """Meta-iterations between evaluations on validation tasks; 0: twenty in a run."""
+    validation_tasks: int = 100
+    """Tasks of each evaluation on validation."""
+    tasks: int = 600
+    """Test tasks of the final evaluation."""
+    steps: int = 10
+    """Inner steps of the adaptation curve."""
+    norms: tuple[str, ...] = ()
+    """Normalisation modes to report; empty: the mode of training."""
+    seed: int = 0
+    """Seed of the held-out tasks, independent of the run's, so that runs compare."""
+    pictures: int = 3
+    """Test tasks drawn in the final picture; 0: no picture."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Per measure: mean over tasks and half-width of the 95 % interval, 1.96 · s/√n, at inner steps 0 … k."""
+
+    tasks: int
+    mean: dict[str, NDArray[np.float64]]
+    ci95: dict[str, NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, rows: dict[str, NDArray[np.float64]]) -> Curves:
+        """From per-task values [tasks, steps + 1]."""
+        tasks = len(next(iter(rows.values())))
+        spread = {k: v.std(0, ddof=1) if tasks > 1 else np.zeros(v.shape[1]) for k, v in rows.items()}
+        return cls(tasks, {k: v.mean(0) for k, v in rows.items()}, {k: 1.96 * s / np.sqrt(tasks) for k, s in spread.items()})
+
+    def score(self) -> tuple[float, bool]:
+        """(first measure at the last step, whether higher is better): what the best θ is chosen by."""
+        name = next(iter(self.mean))
+        return float(self.mean[name][-1]), name.startswith(HIGHER_IS_BETTER)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "tasks": self.tasks,
+            "mean": {k: v.tolist() for k, v in self.mean.items()},
+            "ci95": {k: v.tolist() for k, v in self.ci95.items()},
+        }
+
+    def table(self, title: str) -> Table:
+        """One row per inner step."""
+        table = Table(title=title)
+        table.add_column("inner steps", justify="right")
+        for name in self.mean:
+            table.add_column(name.replace("_", " ", 1), justify="right")
+        for step in range(len(next(iter(self.mean.values())))):
+            table.add_row(str(step), *(f"{self.mean[k][step]:.4f} ± {self.ci95[k][step]:.4f}" for k in self.mean))
+        return table
+
+
+class Pending:
+    """An evaluation under way in the background of a run."""
+
+    def __init__(self, dispatcher: Dispatcher, meta: Meta, split: str, tasks: int, shard: int) -> None:
+        self.meta, self.tasks = meta, tasks
+        self._dispatcher = dispatcher
+        self._at = dispatcher.publish(pack(*meta))
+        # Equal shards throughout: the last one may hold tasks beyond the wanted number, dropped again below.
+        shards = Shards(split, 0, -(-tasks // shard), shard)
+        self._round = dispatcher.start("evaluate", self._at, None, shards, background=True)
+
+    @property
+    def done(self) -> bool:
+        """Whether every shard was answered."""
+        return self._round.done
+
+    def result(self) -> Curves:
+        """The curves; waits for them."""
+        rows = self._dispatcher.finish(self._round).rows
+        self._dispatcher.release(self._at)
+        return Curves.of({k: v[: self.tasks].double().numpy() for k, v in rows.items()})
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """An objective that can say what its model outputs: what a picture is drawn from."""
+
+    def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
+        """Outputs for inputs x, adapted to `data`'s support."""
+
+
+def picture(recipe: Recipe, meta: Meta, path: Path, tasks: int) -> bool:
+    """Draw what adaptation does to the first test tasks into a PNG; False where the task or objective has no picture."""
+    objective, draw = recipe.objective.to(recipe.device), getattr(recipe.tasks, "picture", None)
+    if not isinstance(objective, Predicts) or draw is None or not tasks:
+        return False
+    verb = recipe.verbs(objective)["evaluate"]
+    arrays = [recipe.task("test", i, verb) for i in range(tasks)]
+    steps = sorted({0, 1, recipe.evaluation_steps})
+    figure = draw(arrays, [_predictor(recipe, objective, meta, recipe.tensors(a), steps) for a in arrays], steps)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def _predictor(recipe: Recipe, objective: Predicts, meta: Meta, data: Data, steps: list[int]) -> Predict:
+    with torch.no_grad():
+        phis = list(recipe.learner.at_test().path(meta, recipe.objective, data, recipe.evaluation_steps))
+
+    def predict(x: Array) -> list[Array]:
+        inputs = recipe.tensors({"x": x})["x"]
+        with torch.no_grad():
+            return [objective.predict(meta.slots | phis[k], data, inputs).cpu().numpy() for k in steps]
+
+    return predict
+

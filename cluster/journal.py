@@ -1,0 +1,89 @@
+"""The append-only record of a run: what was dispatched, applied, rejected, and by whom."""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster import wire
+
+log = logging.getLogger("metafleet")
+
+_FRAME = struct.Struct("<II")  # payload length, CRC-32 of the payload
+
+
+class Journal:
+    """Records are msgpack maps with a `kind`, each in a frame with its length and checksum.
+
+    A record cut off by a crash is removed when the file is opened again. A record that cannot be written stops the
+    run (OSError): what was not recorded did not happen.
+    """
+
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called before anything is written and raises if this process no longer owns the run."""
+        self._check = check
+        end = _usable(path)
+        self._file = open(path, "ab")  # noqa: SIM115 - held for the life of the run
+        if end is not None:
+            self._file.truncate(end)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one record; it survives this process, and the machine once `sync` returned."""
+        self._check()
+        payload = wire.encode({"kind": kind, **fields})
+        self._file.write(_FRAME.pack(len(payload), zlib.crc32(payload)) + payload)
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force everything written so far to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Records in order, up to the end or to a record cut off there. Raises ValueError for damage before the end."""
+    content = path.read_bytes()
+    end, damaged = _scan(content)
+    if damaged:
+        raise ValueError(f"{path} is damaged at byte {end} of {len(content)}")
+    position = 0
+    while position < end:
+        length, _ = _FRAME.unpack_from(content, position)
+        position += _FRAME.size
+        yield wire.decode(content[position : position + length])
+        position += length
+
+
+def _usable(path: Path) -> int | None:
+    """How much of an existing journal to keep; one damaged in the middle is set aside whole."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    end, damaged = _scan(content)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged-{end}")
+        os.replace(path, aside)
+        log.warning("%s was damaged at byte %d; set aside as %s, a new one is begun", path, end, aside.name)
+        return None
+    return end
+
+
+def _scan(content: bytes) -> tuple[int, bool]:
+    """(end of the last whole record, whether something other than one cut-off record follows)."""
+    position = 0
+    while len(content) - position >= _FRAME.size:
+        length, checksum = _FRAME.unpack_from(content, position)
+        following = position + _FRAME.size + length
+        if following > len(content):
+            break
+        if zlib.crc32(content[position + _FRAME.size : following]) != checksum:
+            return position, following < len(content)
+        position = following
+    return position, False

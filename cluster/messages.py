@@ -1,0 +1,70 @@
+"""The only things that cross processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector: TypeAlias = NDArray[np.floating]
+Layout: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+Broadcast: TypeAlias = tuple[bytes, Vector]
+"""What `Pool.publish` sends: an encoded layout and one flat vector."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Run `verb` over tasks start ≤ index < stop of `split`, at the broadcast `at` (a packed Meta)."""
+
+    ticket: int
+    attempt: int
+    verb: str
+    at: int
+    operand: int | None
+    split: str
+    start: int
+    stop: int
+    oldest: int
+    """Handles below this one will not be named again: workers may forget them."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """The sum over an assignment's tasks."""
+
+    ticket: int
+    attempt: int
+    worker: str
+    seconds: float
+    """Time the worker spent on it."""
+    weight: float
+    layout: Layout
+    vector: Vector
+    """`Sum.total`, flat, in the order of `layout`."""
+    rows: dict[str, NDArray[np.floating]]
+    """Per-task metrics, [tasks, …]."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An attempt that will bring nothing: its worker died, it passed its deadline, or its code raised."""
+
+    ticket: int
+    attempt: int
+    worker: str
+    kind: Literal["died", "late", "error"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class FleetEvent:
+    """A worker joined, was lost, or could not be started."""
+
+    kind: Literal["joined", "lost", "failed"]
+    worker: str
+    detail: dict[str, str]
+
+
+Event: TypeAlias = Contribution | Failure | FleetEvent

@@ -1,0 +1,150 @@
+"""What one sees of a run: TensorBoard, metrics.jsonl, status.json and a progress bar. The driver is the only writer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cluster.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger("metafleet")
+
+STATUS_EVERY = 2.0  # seconds
+PLAIN_EVERY = 10.0  # seconds between log lines where there is no terminal
+
+
+class Monitor:
+    """Scalars are averaged over windows of `every` iterations; a window that a crash cut off is logged again."""
+
+    def __init__(self, directory: Path, start: int, iterations: int, every: int = 0, console: Console | None = None) -> None:
+        """`start`: the iteration this process begins from; later points of an earlier attempt are taken back."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory, self.iterations = directory, iterations
+        self.every = every or max(1, iterations // 1000)
+        self.tensorboard = directory / "tensorboard"
+        _truncate(directory / "metrics.jsonl", start)
+        self._jsonl = open(directory / "metrics.jsonl", "a")  # noqa: SIM115 - held for the life of the run
+        # purge_step from the very first writer on: TensorBoard ignores it where the first one had none.
+        self._writer = SummaryWriter(str(self.tensorboard), purge_step=start)
+        self._window: dict[str, list[float]] = {}
+        self._status_at = self._plain_at = 0.0
+        self._began, self._start = time.monotonic(), start
+        self.last: dict[str, float] = {}
+        self.console = console or Console(stderr=True)
+        self._bar = _progress(self.console) if self.console.is_terminal else None
+        if self._bar:
+            self._task = self._bar.add_task("meta-training", total=iterations, completed=start, note="")
+            self._bar.start()
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Scalars of one iteration."""
+        for tag, value in values.items():
+            self._window.setdefault(tag, []).append(value)
+        if iteration % self.every == 0 or iteration == self.iterations:
+            means = {tag: float(np.mean(v)) for tag, v in self._window.items()}
+            self._window.clear()
+            self.last |= means
+            self._write(iteration, "train", means)
+        self._progress(iteration)
+
+    def curve(self, iteration: int, split: str, curve: Mapping[str, NDArray[np.float64]]) -> None:
+        """An adaptation curve: one value per inner step for each measure; steps 0, 1 and the last go to TensorBoard."""
+        flat = {f"{split}/{name}_step{k}": float(values[k]) for name, values in curve.items() for k in sorted({0, 1, len(values) - 1}) if k < len(values)}
+        self.last |= flat
+        self._write(iteration, split, flat, {name: [float(v) for v in values] for name, values in curve.items()})
+
+    def picture(self, iteration: int, tag: str, path: Path) -> None:
+        """A PNG file, shown in TensorBoard."""
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self._writer.add_image(tag, np.asarray(image.convert("RGB")), iteration, dataformats="HWC")
+
+    def hparams(self, config: Mapping[str, object], results: Mapping[str, float]) -> None:
+        """The configuration beside the final results, for TensorBoard's HPARAMS page."""
+        simple = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in config.items()}
+        self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")  # type: ignore[no-untyped-call]
+
+    def message(self, text: str) -> None:
+        """A line for whoever watches."""
+        self.console.print(text, highlight=False)
+
+    def status(self, state: str, iteration: int, *, now: bool = False, **fields: Any) -> None:
+        """Rewrite status.json, at most every two seconds unless `now`. A failure is no reason to stop."""
+        if not now and time.monotonic() - self._status_at < STATUS_EVERY:
+            return
+        self._status_at = time.monotonic()
+        content = {
+            "state": state, "iteration": iteration, "iterations": self.iterations, "host": socket.gethostname(),
+            "pid": os.getpid(), "updated": time.time(), "eta_s": self._eta(iteration), "metrics": self.last, **fields,
+        }  # fmt: skip
+        try:
+            write_atomically(self.directory / "status.json", json.dumps(content, indent=1).encode())
+        except OSError as error:
+            log.warning("cannot write status.json (%s)", error)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._jsonl.close()
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+    def _write(self, iteration: int, kind: str, scalars: Mapping[str, float], curve: Mapping[str, list[float]] | None = None) -> None:
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, iteration)  # type: ignore[no-untyped-call]
+        line: dict[str, object] = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars}
+        if curve:
+            line["curve"] = curve
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+
+    def _progress(self, iteration: int) -> None:
+        note = "  ".join(f"{t.removeprefix('train/')} {self.last[t]:.4g}" for t in self.last if t.startswith("train/") and "loss" in t)
+        if self._bar:
+            self._bar.update(self._task, completed=iteration, note=note)
+        elif time.monotonic() - self._plain_at > PLAIN_EVERY or iteration == self.iterations:
+            self._plain_at = time.monotonic()
+            self.message(f"iteration {iteration}/{self.iterations}  {note}  ETA {self._eta(iteration):.0f} s")
+
+    def _eta(self, iteration: int) -> float:
+        done = max(iteration - self._start, 1)
+        return (time.monotonic() - self._began) / done * (self.iterations - iteration)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, refresh_per_second=4,
+    )  # fmt: skip
+
+
+def _truncate(path: Path, start: int) -> None:
+    """Take back lines of iterations after `start`, and a line cut off by a crash."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["iteration"] <= start]
+    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def plain_logging() -> None:
+    """Log lines of this program to stderr, as sentences."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False

@@ -1,0 +1,72 @@
+"""When to step: what a meta-iteration waits for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from cluster.dispatch import Dispatcher, Shards
+from learners.base import Meta, Outer, Params, Sum, pack
+
+
+@dataclass(frozen=True)
+class Step:
+    """One outer step: where it led, what it was made of, and scalars to log."""
+
+    meta: Meta
+    state: Params
+    metrics: dict[str, float]
+    tickets: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Synchronous:
+    """Each round waits for the whole meta-batch; the result does not depend on the fleet.
+
+    A shard is late, and is given to another worker, after `deadline_factor` times the median time of its verb, but
+    not before `deadline_floor` seconds; a worker's first shard of a verb, which may compile, after `deadline_first`.
+    """
+
+    deadline_factor: float = 10.0
+    """A shard is late after this many times the median time of its verb."""
+    deadline_floor: float = 30.0
+    """Seconds before which no shard is late."""
+    deadline_first: float = 600.0
+    """Seconds a worker has for its first shard of a verb."""
+    max_attempts: int = 5
+    """Attempts at a shard before the run stops."""
+    max_rejected: float = 0.1
+    """Share of a meta-batch that may be rejected as not finite before the run stops."""
+
+    def step(self, outer: Outer, meta: Meta, state: Params, dispatcher: Dispatcher, batch: Shards) -> Step:
+        """One step of `outer` over the tasks of `batch`."""
+        begin, compute = time.perf_counter(), 0.0
+        metrics: dict[str, float] = {}
+        tickets: list[int] = []
+        at = dispatcher.publish(pack(*meta))
+
+        def reduce(verb: str, operand: Params | None) -> Sum:
+            nonlocal compute
+            beside = dispatcher.publish(operand) if operand is not None else None
+            try:
+                round_ = dispatcher.start(verb, at, beside, batch)
+                result = dispatcher.finish(round_)
+            finally:
+                if beside is not None:
+                    dispatcher.release(beside)
+            compute += round_.seconds
+            tickets.extend(round_.tickets)
+            metrics.update({f"train/{name}": float(values.double().mean()) for name, values in result.rows.items()})
+            return result
+
+        try:
+            meta, state, own = outer.step(meta, state, reduce)
+        finally:
+            dispatcher.release(at)
+        seconds = time.perf_counter() - begin
+        metrics |= own | {
+            "perf/iteration_s": seconds,
+            "perf/compute_s": compute,
+            "perf/tasks_per_s": batch.count * batch.size / seconds,
+        }
+        return Step(meta, state, metrics, tickets)

@@ -1,0 +1,255 @@
+"""A pool of Ray actors: in flight, deadlines, replacement of those that die or fall silent."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from cluster import ray_fleet, wire
+from cluster.messages import Assignment, Broadcast, Event, Failure, FleetEvent, Vector
+from cluster.policies import Synchronous
+from cluster.worker import Recipe, Worker, environment, missing_files
+from envs import store
+from learners.base import Params
+
+log = logging.getLogger("metafleet")
+
+IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never waits for the driver
+START_SECONDS = 300.0  # without a single worker ready after this long, the pool gives up
+LONGEST_BACKOFF = 30.0
+REMEMBERED_RANGES = 4096
+MEASURED = 64  # shard times per verb that the median is taken of
+
+
+class _Actor:
+    """The remote end: a Worker, plus what is needed before there can be one."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self._recipe, self._name = recipe, name
+        self._worker: Worker | None = None
+
+    def hello(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        """This node's environment, and which data files it lacks."""
+        return environment(), missing_files(self._recipe.tasks.files())
+
+    def install(self, file: str, content: NDArray[np.uint8]) -> None:
+        """Write a data file that the driver sent."""
+        store.install(file, lambda path: path.write_bytes(content.tobytes()))
+
+    def run(self, message: bytes, at: Broadcast, operand: Broadcast | None) -> tuple[bytes, Vector]:
+        self._worker = self._worker or Worker(self._recipe, self._name)
+        return self._worker.run(message, at, operand)
+
+
+@dataclass
+class _Remote:
+    """The driver's end of an actor."""
+
+    name: str
+    handle: Any
+    hello: Any
+    ready: bool = False
+    tickets: deque[tuple[Assignment, Any]] = field(default_factory=deque)  # in the order they run
+    since: float = 0.0
+    """When the first of `tickets` began to run."""
+    known: set[str] = field(default_factory=set)
+    """Verbs it has run: their next shard needs no compilation."""
+
+
+class RayPool:
+    """Workers as Ray actors, on whatever nodes the cluster has.
+
+    An actor that dies is replaced, with growing pauses if it keeps dying. Ray never notices one that is frozen, so
+    every assignment has a deadline (`limits`); a worker that passes it is killed and replaced. Ray's own restarts
+    and retries are off: whether work is repeated is the driver's decision.
+    """
+
+    def __init__(self, recipe: Recipe, workers: int = 2, *, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
+                 address: str = "local", limits: Synchronous | None = None) -> None:  # fmt: skip
+        if workers < 1:
+            raise ValueError(f"workers={workers}: at least 1 wanted")
+        self._limits = limits or Synchronous()
+        self._started = ray_fleet.join(address, workers * cpus_per_worker, workers * gpus_per_worker)
+        options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
+        self._class = ray.remote(**options)(_Actor)  # type: ignore[call-overload]
+        self._wanted = f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
+        self._recipe = ray.put(recipe)
+        self._files = recipe.tasks.files()
+        self._values: dict[int, Any] = {}
+        self._last_handle = self._last_name = 0
+        self._actors: list[_Remote] = []
+        self._ran: OrderedDict[tuple[str, int, int], str] = OrderedDict()
+        self._times: dict[str, deque[float]] = {}
+        self._events: deque[Event] = deque()
+        self._losses = 0
+        self._respawn: list[float] = []
+        self._begun = time.monotonic()
+        for _ in range(workers):
+            self._spawn()
+
+    def publish(self, value: Params) -> int:
+        self._last_handle += 1
+        self._values[self._last_handle] = ray.put(wire.broadcast(value))
+        return self._last_handle
+
+    def release(self, handle: int) -> None:
+        del self._values[handle]
+
+    def free(self) -> int:
+        return sum(IN_FLIGHT - len(a.tickets) for a in self._actors if a.ready)
+
+    def submit(self, assignment: Assignment) -> None:
+        actor = self._choose(assignment)
+        operand = self._values[assignment.operand] if assignment.operand is not None else None
+        ref = actor.handle.run.remote(wire.encode_assignment(assignment), self._values[assignment.at], operand)
+        if not actor.tickets:
+            actor.since = time.monotonic()
+        actor.tickets.append((assignment, ref))
+
+    def poll(self, timeout: float) -> list[Event]:
+        self._replace_lost()
+        refs = [a.hello for a in self._actors if not a.ready] + [ref for a in self._actors for _, ref in a.tickets]
+        if refs and not self._events:
+            ray.wait(refs, num_returns=1, timeout=self._patience(timeout), fetch_local=False)
+        elif not refs:
+            time.sleep(min(timeout, 0.05))
+        for actor in list(self._actors):
+            self._greet(actor) if not actor.ready else self._collect(actor)
+        self._check_deadlines()
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        self._actors.clear()
+        self._values.clear()
+        if self._started:
+            ray.shutdown()
+
+    def _spawn(self) -> None:
+        self._last_name += 1
+        name = f"worker-{self._last_name}"
+        handle = self._class.remote(self._recipe, name)
+        self._actors.append(_Remote(name, handle, handle.hello.remote()))
+
+    def _greet(self, actor: _Remote) -> None:
+        """Take in a new actor once it answers, after sending it the data files that its node lacks."""
+        if not ray.wait([actor.hello], timeout=0)[0]:
+            if not any(a.ready for a in self._actors) and time.monotonic() - self._begun > START_SECONDS:
+                raise TimeoutError(f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}")
+            return
+        try:
+            facts, missing = ray.get(actor.hello)
+            for file in missing:
+                content = np.frombuffer((store.data_folder() / file).read_bytes(), np.uint8)
+                ray.get(actor.handle.install.remote(file, content))
+        except RayTaskError as error:
+            raise RuntimeError(f"worker {actor.name} could not start: {_cause(error)}") from error
+        except RayActorError as error:
+            self._lose(actor, "died", _cause(error))
+        else:
+            actor.ready = True
+            self._events.append(FleetEvent("joined", actor.name, facts))
+
+    def _collect(self, actor: _Remote) -> None:
+        while actor.tickets and ray.wait([actor.tickets[0][1]], timeout=0)[0]:
+            assignment, ref = actor.tickets[0]
+            try:
+                header, vector = ray.get(ref)
+            except RayTaskError as error:
+                self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, "error", _cause(error)))
+            except RayError as error:
+                self._lose(actor, "died", _cause(error))
+                return
+            else:
+                answer = wire.decode_sum(header, vector)
+                self._events.append(answer)
+                self._learn(actor, assignment, answer.seconds)
+            actor.tickets.popleft()
+            actor.since = time.monotonic()
+
+    def _learn(self, actor: _Remote, assignment: Assignment, seconds: float) -> None:
+        if assignment.verb in actor.known:
+            self._times.setdefault(assignment.verb, deque(maxlen=MEASURED)).append(seconds)
+        actor.known.add(assignment.verb)
+        self._losses = 0
+        self._ran[assignment.split, assignment.start, assignment.stop] = actor.name
+        if len(self._ran) > REMEMBERED_RANGES:
+            self._ran.popitem(last=False)
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        for actor in list(self._actors):
+            if actor.tickets and now - actor.since > self._deadline(actor):
+                allowed = self._deadline(actor)
+                # Finished while we looked elsewhere? Then it is not late.
+                if not ray.wait([actor.tickets[0][1]], timeout=0)[0]:
+                    self._lose(actor, "late", f"no answer for {allowed:.1f} s")
+
+    def _deadline(self, actor: _Remote) -> float:
+        verb = actor.tickets[0][0].verb
+        times = self._times.get(verb)
+        if verb not in actor.known or not times:
+            return self._limits.deadline_first
+        return max(self._limits.deadline_floor, self._limits.deadline_factor * statistics.median(times))
+
+    def _patience(self, timeout: float) -> float:
+        """Seconds to wait for an answer before some deadline passes."""
+        now = time.monotonic()
+        return max(0.0, min([timeout, *(a.since + self._deadline(a) - now for a in self._actors if a.tickets)]))
+
+    def _lose(self, actor: _Remote, kind: str, reason: str) -> None:
+        """Kill an actor, report its work as failed, and have it replaced."""
+        self._actors.remove(actor)
+        ray.kill(actor.handle)
+        for position, (assignment, _) in enumerate(actor.tickets):
+            late = kind == "late" and position == 0
+            self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, "late" if late else "died", reason))
+        if actor.ready:
+            self._events.append(FleetEvent("lost", actor.name, {"reason": reason}))
+        else:
+            self._events.append(FleetEvent("failed", actor.name, {"reason": reason}))
+        # The first loss is replaced at once; a row of losses, without an answer in between, ever more slowly.
+        pause = min(LONGEST_BACKOFF, 0.5 * 2.0 ** (self._losses - 1)) if self._losses else 0.0
+        self._losses += 1
+        self._respawn.append(time.monotonic() + pause)
+
+    def _replace_lost(self) -> None:
+        now = time.monotonic()
+        due = [t for t in self._respawn if t <= now]
+        self._respawn = [t for t in self._respawn if t > now]
+        for _ in due:
+            self._spawn()
+
+    def _choose(self, assignment: Assignment) -> _Remote:
+        ready = [a for a in self._actors if a.ready and len(a.tickets) < IN_FLIGHT]
+        before = self._ran.get((assignment.split, assignment.start, assignment.stop))
+        if assignment.attempt:
+            # Whoever ran it last may be what is wrong with it.
+            ready = [a for a in ready if a.name != before] or ready
+        else:
+            for actor in ready:
+                if actor.name == before:
+                    return actor
+        return min(ready, key=lambda a: len(a.tickets))
+
+
+def _cause(error: Exception) -> str:
+    """The last line of a remote traceback: what went wrong, in one sentence."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+

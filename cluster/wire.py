@@ -1,0 +1,129 @@
+"""How parameters and sums travel: a msgpack header and one flat vector. Typed, bounded, no pickle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cluster.messages import Assignment, Broadcast, Contribution, Layout, Vector
+from learners import kernels
+from learners.base import Params, Sum
+
+LARGEST_HEADER = 64 << 20  # bytes
+DTYPES = ("<f4", "<f8", "<i8")
+
+
+def flatten(params: Params) -> tuple[Layout, Vector]:
+    """Names with shapes, and all entries as one vector in that order. All tensors must have one dtype."""
+    layout = tuple((name, tuple(value.shape)) for name, value in params.items())
+    dtypes = {value.dtype for value in params.values()}
+    if len(dtypes) > 1:
+        raise TypeError(f"tensors of one message must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+    if not params:
+        return layout, np.zeros(0, np.float32)
+    # reshape, not view: channels-last weights travel in their logical order.
+    vector = torch.cat([value.detach().reshape(-1) for value in params.values()])
+    return layout, vector.cpu().numpy()
+
+
+def unflatten(layout: Layout, vector: Vector, device: str = "cpu") -> Params:
+    """Inverse of `flatten`. Every tensor is a copy with memory of its own.
+
+    The copy matters twice: the vector may be a read-only view into shared memory, and the alignment of a tensor may
+    decide which kernel a library picks, hence the last bits.
+    """
+    wanted = sum(math.prod(shape) for _, shape in layout)
+    if wanted != vector.size:
+        raise ValueError(f"a vector of {vector.size} numbers does not fit a layout of {wanted}")
+    params: Params = {}
+    position = 0
+    for name, shape in layout:
+        size = math.prod(shape)
+        part = torch.from_numpy(vector[position : position + size].reshape(shape).copy())
+        params[name] = kernels.channels_last(part.to(device))
+        position += size
+    return params
+
+
+def broadcast(params: Params) -> Broadcast:
+    """What a pool publishes for `params`."""
+    layout, vector = flatten(params)
+    return encode(layout), vector
+
+
+def received(message: Broadcast, device: str = "cpu") -> Params:
+    """The parameters of a broadcast."""
+    header, vector = message
+    return unflatten(_layout(decode(header)), vector, device)
+
+
+def encode_assignment(assignment: Assignment) -> bytes:
+    """An assignment as msgpack."""
+    return encode(asdict(assignment))
+
+
+def decode_assignment(message: bytes) -> Assignment:
+    """Inverse of `encode_assignment`."""
+    return Assignment(**decode(message))
+
+
+def encode_sum(assignment: Assignment, worker: str, seconds: float, result: Sum) -> tuple[bytes, Vector]:
+    """A worker's answer."""
+    layout, vector = flatten(result.total)
+    rows = {name: pack_array(np.ascontiguousarray(value.detach().cpu().numpy())) for name, value in result.rows.items()}
+    header = {
+        "ticket": assignment.ticket,
+        "attempt": assignment.attempt,
+        "worker": worker,
+        "seconds": seconds,
+        "weight": result.weight,
+        "layout": layout,
+        "rows": rows,
+    }
+    return encode(header), vector
+
+
+def decode_sum(header: bytes, vector: Vector) -> Contribution:
+    """Inverse of `encode_sum`."""
+    fields = decode(header)
+    layout = _layout(fields.pop("layout"))
+    rows = {str(name): unpack_array(value) for name, value in fields.pop("rows").items()}
+    return Contribution(layout=layout, vector=vector, rows=rows, **fields)
+
+
+def encode(value: object) -> bytes:
+    """msgpack."""
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def decode(message: bytes) -> Any:
+    """msgpack, refusing oversized messages before anything is allocated."""
+    if len(message) > LARGEST_HEADER:
+        raise ValueError(f"a message header of {len(message)} bytes exceeds {LARGEST_HEADER}")
+    return msgpack.unpackb(message, raw=False, strict_map_key=True)
+
+
+def pack_array(array: NDArray[Any]) -> dict[str, object]:
+    """An array as plain msgpack values."""
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()}
+
+
+def unpack_array(packed: dict[str, Any]) -> NDArray[Any]:
+    """Inverse of `pack_array`; only numbers of known dtypes, only as many as the shape says."""
+    dtype, shape, data = packed["dtype"], tuple(packed["shape"]), packed["data"]
+    if dtype not in DTYPES:
+        raise ValueError(f"an array of dtype {dtype!r} arrived, wanted one of {', '.join(DTYPES)}")
+    if math.prod(shape) * np.dtype(dtype).itemsize != len(data):
+        raise ValueError(f"an array of shape {shape} and dtype {dtype} arrived with {len(data)} bytes")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _layout(value: Any) -> Layout:
+    return tuple((str(name), tuple(int(n) for n in shape)) for name, shape in value)

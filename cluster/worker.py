@@ -1,0 +1,133 @@
+"""A worker: a pure function of (recipe, assignment, broadcasts). What it remembers is a cache."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from cluster import seeds, wire
+from cluster.messages import Assignment, Broadcast, Vector
+from envs import store
+from envs.base import Arrays, TaskDistribution
+from learners import kernels, verbs
+from learners.base import Data, Learner, Objective, Outer, Params, Verb
+from learners.execution import Execution, Mode
+from learners.outer import Descent
+
+REMEMBERED_SHARDS = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's numbers, but θ: what a worker is made from, pickled once at its start."""
+
+    tasks: TaskDistribution
+    learner: Learner
+    objective: Objective
+    outer: Outer = field(default_factory=Descent)
+    seed: int = 0
+    evaluation_seed: int = 0
+    evaluation_steps: int = 10
+    execution: Mode = "loop"
+    chunk: int = 0
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "cpu"
+    threads: int = 1
+
+    def verbs(self, objective: Objective) -> Mapping[str, Verb]:
+        """The verbs every run has, and those of its outer step."""
+        standard = verbs.standard(self.learner, objective, self.evaluation_steps)
+        return {**standard, **self.outer.verbs(self.learner, objective)}
+
+    def task(self, split: str, index: int, verb: Verb) -> Arrays:
+        """Task `index` of `split`, complete for `verb`. Held-out tasks do not depend on the run's seed."""
+        seed = self.seed if split == "train" else self.evaluation_seed
+        data = self.tasks.sample(split, seeds.generator(seed, split, index, "task"))
+        return verb.draw(data, seeds.generator(seed, split, index, "draw"))
+
+    def tensors(self, arrays: Arrays) -> Data:
+        """Arrays as tensors on the run's device, floating ones in the run's dtype."""
+        data = {k: torch.from_numpy(v) for k, v in arrays.items()}
+        dtype = getattr(torch, self.dtype)
+        return {k: v.to(self.device, dtype if v.is_floating_point() else v.dtype) for k, v in data.items()}
+
+
+class Worker:
+    """Samples the tasks of an assignment, runs its verb over them, and adds up."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        set_up_torch(recipe.threads, recipe.device)
+        self.recipe, self.name = recipe, name
+        self._verbs = recipe.verbs(recipe.objective.to(recipe.device))
+        self._run = Execution(recipe.execution, recipe.chunk)
+        # A verb that runs a few times is not worth compiling.
+        self._light = Execution("vmap", recipe.chunk) if recipe.execution == "compiled" else self._run
+        self._values: dict[int, Params] = {}
+        self._shards: OrderedDict[tuple[object, ...], Data] = OrderedDict()
+
+    def run(self, message: bytes, at: Broadcast, operand: Broadcast | None) -> tuple[bytes, Vector]:
+        """The encoded sum of an encoded assignment; `at` and `operand` are the broadcasts that it names."""
+        begin = time.perf_counter()
+        assignment = wire.decode_assignment(message)
+        if assignment.verb not in self._verbs:
+            raise ValueError(f"verb {assignment.verb!r} is not one of {', '.join(self._verbs)}")
+        verb = self._verbs[assignment.verb]
+        self._forget(assignment.oldest)
+        theta = self._value(assignment.at, at)
+        beside = self._value(assignment.operand, operand) if assignment.operand is not None and operand else {}
+        execution = self._light if verb.light else self._run
+        result = execution.run(verb.run, theta, beside, self._shard(assignment, verb))
+        return wire.encode_sum(assignment, self.name, time.perf_counter() - begin, result)
+
+    def _value(self, handle: int, message: Broadcast) -> Params:
+        if handle not in self._values:
+            self._values[handle] = wire.received(message, self.recipe.device)
+        return self._values[handle]
+
+    def _forget(self, oldest: int) -> None:
+        for handle in [h for h in self._values if h < oldest]:
+            del self._values[handle]
+
+    def _shard(self, a: Assignment, verb: Verb) -> Data:
+        key = (verb.draw, a.split, a.start, a.stop)
+        if key not in self._shards:
+            tasks = [self.recipe.task(a.split, i, verb) for i in range(a.start, a.stop)]
+            self._shards[key] = self.recipe.tensors({k: np.stack([t[k] for t in tasks]) for k in tasks[0]})
+            if len(self._shards) > REMEMBERED_SHARDS:
+                self._shards.popitem(last=False)
+        return self._shards[key]
+
+
+def set_up_torch(threads: int, device: str) -> None:
+    """Threads, memory and determinism, the same in the driver and in every worker."""
+    torch.set_num_threads(threads)
+    kernels.keep_freed_memory()
+    if device != "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+
+
+def environment() -> dict[str, str]:
+    """What must be equal on all machines for equal bits: versions and processor features."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def missing_files(relative: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `relative` that this node's data folder lacks."""
+    return tuple(f for f in relative if not (store.data_folder() / f).exists())

@@ -1,0 +1,57 @@
+"""What a task is: data drawn from a family of tasks by a generator that belongs to the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array: TypeAlias = NDArray[np.generic]
+Arrays: TypeAlias = dict[str, Array]
+Predict: TypeAlias = Callable[[Array], list[Array]]
+
+SPLITS = ("train", "validation", "test")
+
+
+class TaskDistribution(Protocol):
+    """A family of tasks, described by a frozen dataclass that travels to the workers.
+
+    A task is a pure function of (split, generator): `sample` returns every array of it, and all tasks of a split
+    have equal keys, shapes and dtypes, so that they stack. Supervised tasks use the keys `support_x`, `support_y`,
+    `query_x`, `query_y`; a task without a query set (Reptile's training) leaves the last two out.
+    """
+
+    @property
+    def kind(self) -> Literal["regression", "classification"]:
+        """What the targets are: numbers, or class labels."""
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Shape of one input, without the batch axis."""
+
+    @property
+    def outputs(self) -> int:
+        """Regression: number of targets. Classification: number of ways."""
+
+    def prepare(self) -> None:
+        """Fetch, check and decode what the tasks are made of. Called once, by the driver; a no-op for most."""
+
+    def files(self) -> tuple[str, ...]:
+        """Prepared files, relative to the data folder, that every worker must be able to map."""
+
+    def sample(self, split: str, rng: np.random.Generator) -> Arrays:
+        """One task of `split` ("train", "validation" or "test")."""
+
+    def picture(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> Figure:
+        """What adaptation does to each task: `predict[i](x)` gives the outputs of task i after each of `steps`."""
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError for a split that does not exist."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")

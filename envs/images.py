@@ -1,0 +1,137 @@
+"""N-way K-shot episodes over any class-indexed image array."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from envs.base import Array, Arrays, Predict, check_split
+from envs.store import ImageSet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class ImageSource(Protocol):
+    """Where images come from: a frozen dataclass that can decode itself into the data folder, once."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+
+    def prepare(self) -> None:
+        """Fetch, check and decode. Raises ValueError or OSError with the file and what is wrong with it."""
+
+    def files(self) -> tuple[str, ...]:
+        """The decoded files, relative to the data folder."""
+
+    def load(self) -> ImageSet:
+        """The decoded images, mapped."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """N classes drawn without replacement, K support and Q query images of each; labels 0 … N−1 in drawn order.
+
+    Pixels are float32 in [0, 1], channels first. Examples stand class by class.
+    """
+
+    source: ImageSource
+    ways: int = 5
+    """Classes per task (N)."""
+    shots: int = 1
+    """Support images per class (K)."""
+    queries: int = 15
+    """Query images per class in training."""
+    test_queries: int = 15
+    """Query images per class in validation and test."""
+    train_shots: int = 0
+    """If positive, training tasks are this many images per class and no query set (Reptile)."""
+    rotations: Literal["none", "train", "all"] = "none"
+    """Turn each class of a task by 0, 90, 180 or 270°: in training, or in every split (MAML's Omniglot)."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("test_queries", 1), ("train_shots", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least} wanted")
+
+    @property
+    def kind(self) -> Literal["classification"]:
+        return "classification"
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def outputs(self) -> int:
+        return self.ways
+
+    def prepare(self) -> None:
+        """Decode the source, and check that every split can fill an episode."""
+        self.source.prepare()
+        images = self.source.load()
+        for split in ("train", "validation", "test"):
+            classes = images.classes(split)
+            if self.ways > len(classes):
+                raise ValueError(f"ways={self.ways} exceeds the {len(classes)} classes of the {split} split")
+            wanted, fewest = sum(self._counts(split)), min(len(images.rows(c)) for c in classes)
+            if wanted > fewest:
+                raise ValueError(f"{wanted} images per class wanted in the {split} split (shots + queries), but a class has only {fewest}")
+
+    def files(self) -> tuple[str, ...]:
+        return self.source.files()
+
+    def sample(self, split: str, rng: np.random.Generator) -> Arrays:
+        check_split(split)
+        images = self.source.load()
+        shots, queries = self._counts(split)
+        classes = rng.choice(images.classes(split), self.ways, replace=False)
+        turns = rng.integers(0, 4, self.ways) if self.rotations == "all" or self.rotations == split else np.zeros(self.ways, int)
+        drawn = []  # ways × [shots + queries, c, h, w]
+        for label, turn in zip(classes, turns, strict=True):
+            rows = images.rows(label)
+            picked = rows.start + rng.choice(len(rows), shots + queries, replace=False)
+            drawn.append(np.rot90(images.images[picked], turn, axes=(-2, -1)))
+        x = np.stack(drawn).astype(np.float32) / 255
+        task: Arrays = {"support_x": _flat(x[:, :shots]), "support_y": np.arange(self.ways).repeat(shots)}
+        if queries:
+            task |= {"query_x": _flat(x[:, shots:]), "query_y": np.arange(self.ways).repeat(queries)}
+        return task
+
+    def _counts(self, split: str) -> tuple[int, int]:
+        if split == "train" and self.train_shots:
+            return self.train_shots, 0
+        return self.shots, self.queries if split == "train" else self.test_queries
+
+    def picture(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 1.1 * self.ways * len(tasks)), layout="constrained")
+        for part, task, outputs in zip(np.atleast_1d(figure.subfigures(len(tasks), 1)), tasks, predict, strict=True):
+            guesses = np.stack([o.argmax(-1) for o in outputs(task["query_x"])])  # [steps, queries]
+            right = (guesses == task["query_y"]).mean(1)
+            named = ", ".join(f"{r:.0%} after {s} step{'s' * (s != 1)}" for s, r in zip(steps, right, strict=True))
+            part.suptitle(f"Held-out task: support image, then queries (frame: green right, red wrong, after {steps[-1]} steps). {named}", fontsize=8)
+            self._grid(part, task, guesses[-1])
+        return figure
+
+    def _grid(self, part: Figure, task: Arrays, guesses: Array) -> None:
+        shown = min(8, len(task["query_y"]) // self.ways)
+        axes = part.subplots(self.ways, shown + 1, squeeze=False)  # type: ignore[attr-defined]
+        for label in range(self.ways):
+            support = task["support_x"][task["support_y"] == label][0]
+            rows = np.flatnonzero(task["query_y"] == label)[:shown]
+            for axis, image, color in [(axes[label, 0], support, "black")] + [
+                (axes[label, 1 + i], task["query_x"][row], "green" if guesses[row] == label else "red") for i, row in enumerate(rows)
+            ]:
+                axis.imshow(image.squeeze(0) if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray_r")
+                axis.set(xticks=[], yticks=[])
+                for edge in axis.spines.values():
+                    edge.set(color=color, linewidth=2)
+
+
+def _flat(x: Array) -> Array:
+    return np.ascontiguousarray(x.reshape(-1, *x.shape[2:]))

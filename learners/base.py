@@ -1,0 +1,154 @@
+"""The vocabulary of learning: what a task, a learner and an objective are.
+
+Everything here is written for ONE task. `learners.execution` decides whether the same lines run in a loop,
+under `torch.vmap`, or compiled; `cluster` decides on which machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from envs.base import Arrays
+
+Params: TypeAlias = dict[str, Tensor]
+Data: TypeAlias = dict[str, Tensor]
+Metrics: TypeAlias = dict[str, Tensor]
+
+
+class Meta(NamedTuple):
+    """θ and what travels beside it.
+
+    `params` are descended by the outer step; `slots` are carried along and replaced by the tasks' mean
+    (statistics of a frozen normalisation, moments of an inner optimiser). The two never share a name.
+    """
+
+    params: Params
+    slots: Params
+
+
+class Gradient(NamedTuple):
+    """What one task asks of θ: `grads` is what the outer optimiser descends (∇θ L, or θ − φ for Reptile)."""
+
+    grads: Params
+    slots: Params
+    metrics: Metrics
+
+
+class Share(NamedTuple):
+    """One task's part of a sum: `total` and `weight` (scalar tensor) add up over tasks, `row` is kept per task."""
+
+    total: Params
+    weight: Tensor
+    row: Metrics
+
+
+class Sum(NamedTuple):
+    """Shares of many tasks: added totals and weights; `rows[name]` is [tasks, …] in task order."""
+
+    total: Params
+    weight: float
+    rows: Metrics
+
+
+class Objective(Protocol):
+    """Model, loss, normalisation mode and loss scale of a run. Pure; draws nothing."""
+
+    def support(self, params: Params, data: Data, step: int) -> Tensor:
+        """Scalar loss that inner step number `step` descends."""
+
+    def query(self, params: Params, data: Data) -> Tensor:
+        """Scalar loss after adaptation, the one the outer loop is about."""
+
+    def measure(self, params: Params, data: Data) -> Metrics:
+        """Scalars reported in evaluation (accuracy, mse, return …)."""
+
+    def slots(self) -> Params:
+        """Initial values of what the objective carries from meta-iteration to meta-iteration; often {}."""
+
+    def track(self, params: Params, data: Data) -> Params:
+        """This task's new values of `slots()`; {} where there are none."""
+
+
+class Learner(Protocol):
+    """A frozen dataclass: its fields are its hyper-parameters, its defaults the paper's."""
+
+    def init(self, params: Params, rng: np.random.Generator) -> Meta:
+        """Meta-parameters from a model's initial parameters (Meta-SGD adds its rates)."""
+
+    def draw(self, data: Arrays, rng: np.random.Generator, steps: int) -> Arrays:
+        """`data` with all randomness that `steps` inner steps will need, drawn on the host."""
+
+    def path(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Params]:
+        """φ₀ = θ, φ₁, …, φ_steps."""
+
+    def adapt(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Params:
+        """φ_steps, the last of `path`."""
+
+    def gradient(self, meta: Meta, objective: Objective, data: Data) -> Gradient:
+        """This task's contribution to the outer step."""
+
+    def at_test(self) -> Learner:
+        """The learner as it adapts at meta-test (another minibatch, other rates); usually itself."""
+
+
+VerbFunction: TypeAlias = Callable[[Params, Params, Data], Share]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Something a worker can do to one task: `run(at, operand, data)`, after `draw` completed the task's data.
+
+    `at` is a packed Meta; `operand` whatever the outer step broadcast beside it ({} if nothing). A `light` verb
+    runs too seldom to be worth compiling.
+    """
+
+    run: VerbFunction
+    draw: Callable[[Arrays, np.random.Generator], Arrays]
+    light: bool = False
+
+
+Verbs: TypeAlias = Mapping[str, Verb]
+Reduce: TypeAlias = Callable[[str, Params | None], Sum]
+
+
+class Outer(Protocol):
+    """One outer step, over as many rounds of `reduce(verb, operand)` as it needs.
+
+    `reduce` runs a verb over this meta-iteration's tasks at this θ and returns their sum. State is a flat
+    Params, so that it can be checkpointed without knowing what it means.
+    """
+
+    def init(self, meta: Meta) -> Params:
+        """State before the first step."""
+
+    def verbs(self, learner: Learner, objective: Objective) -> Verbs:
+        """Verbs this step needs beyond `gradient` and `evaluate`."""
+
+    def step(self, meta: Meta, state: Params, reduce: Reduce) -> tuple[Meta, Params, dict[str, float]]:
+        """The next θ and state, and scalars to log."""
+
+
+class OneRound(Outer, Protocol):
+    """An outer step that needs the mean gradient only: what an asynchronous policy accepts."""
+
+    def apply(self, meta: Meta, state: Params, mean: Params, lr_scale: float) -> tuple[Meta, Params, dict[str, float]]:
+        """Descend the packed mean contribution with the step's rate multiplied by `lr_scale`."""
+
+
+def pack(params: Params, slots: Params) -> Params:
+    """One flat dictionary of both, by prefix: how a Meta or a Gradient is broadcast and summed."""
+    return {f"params/{k}": v for k, v in params.items()} | {f"slots/{k}": v for k, v in slots.items()}
+
+
+def unpack(packed: Params) -> Meta:
+    """Inverse of `pack`."""
+    parts: dict[str, Params] = {"params": {}, "slots": {}}
+    for name, value in packed.items():
+        kind, _, rest = name.partition("/")
+        parts[kind][rest] = value
+    return Meta(parts["params"], parts["slots"])

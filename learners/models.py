@@ -1,0 +1,215 @@
+"""MLP and Conv4 as ordinary modules, and `functional`, which turns anyone's module into a function of its parameters."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from learners import kernels
+from learners.base import Params
+
+log = logging.getLogger("metafleet")
+
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+_STATEFUL = (nn.modules.batchnorm._NormBase, nn.RNNBase, nn.modules.lazy.LazyModuleMixin)
+
+
+class Functional:
+    """A module as a pure function: `model(params, x)`.
+
+    `params()` are its parameters by name; `running()` the running statistics of its BatchNorm layers by name.
+    Both may be given in `params`; what is missing there is taken from the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._norms = {name: m for name, m in module.named_modules() if isinstance(m, kernels.BatchNorm)}
+        self._names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+
+    def params(self) -> Params:
+        """Copies of the module's parameters: the initial θ."""
+        return {k: v.detach().clone() for k, v in self.module.named_parameters()}
+
+    def running(self) -> Params:
+        """Copies of running means and variances, by name."""
+        return {
+            f"{name}.{key}": norm.get_buffer(key).clone()
+            for name, norm in self._norms.items()
+            for key in ("running_mean", "running_var")
+        }
+
+    @property
+    def normalises(self) -> bool:
+        """Whether a BatchNorm layer makes examples of a batch depend on each other."""
+        return bool(self._norms)
+
+    def to(self, device: str) -> Functional:
+        """The same function on another device."""
+        return Functional(copy.deepcopy(self.module).to(device))
+
+    def __call__(self, params: Params, x: Tensor, statistics: kernels.Statistics = kernels.BATCH) -> Tensor:
+        """Outputs [n, …] for inputs [n, …] at `params`; entries that are not the module's are ignored."""
+        for norm in self._norms.values():
+            norm.statistics = statistics
+        mine = {k: v for k, v in params.items() if k in self._names}
+        y: Tensor = functional_call(self.module, mine, (kernels.channels_last(x),))
+        return y
+
+    def observe(self, params: Params, x: Tensor, statistics: kernels.Statistics) -> Params:
+        """Mean and biased variance of what reaches each BatchNorm layer, under the names of `running()`."""
+        with self._recording():
+            self(params, x, statistics)
+            seen = {name: norm.seen for name, norm in self._norms.items()}
+        return {
+            f"{name}.{key}": value
+            for name, pair in seen.items()
+            for key, value in zip(("running_mean", "running_var"), pair or (), strict=True)
+        }
+
+    def widest(self, x: Tensor) -> int:
+        """Bytes of the largest intermediate result for inputs x."""
+        sizes = [x.nbytes]
+        leaves = [m for m in self.module.modules() if not list(m.children())]
+        hooks = [m.register_forward_hook(lambda _m, _i, out: sizes.append(out.nbytes)) for m in leaves]
+        try:
+            with torch.no_grad():
+                self(self.params(), x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return max(sizes)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        for norm in self._norms.values():
+            norm.record = True
+        try:
+            yield
+        finally:
+            for norm in self._norms.values():
+                norm.record, norm.seen = False, None
+
+
+def functional(module: nn.Module) -> Functional:
+    """`module` as a pure function of its parameters; the module itself is left as it is.
+
+    BatchNorm layers are replaced by ours, which says so in the log: torch's own gives silently wrong second-order
+    gradients under some nestings of transforms, and knows no modes. Raises ValueError for layers that draw random
+    numbers or keep other state between calls, since an inner loop must be a function of its arguments.
+    """
+    module = copy.deepcopy(module).train()
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module = nn.Sequential(module)
+    replaced = kernels.specialise(module)
+    for name, layer in module.named_modules():
+        if isinstance(layer, _RANDOM):
+            raise ValueError(f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its mask in the task's data")
+        if isinstance(layer, _STATEFUL) or "SpectralNorm" in type(layer).__name__:
+            raise ValueError(f"layer {name!r} ({type(layer).__name__}) keeps state between calls; an adapted model must be a function of its parameters")
+    if replaced:
+        log.warning("functional: replaced BatchNorm layers %s by metafleet's (same parameters, explicit modes)", ", ".join(replaced))
+    return Functional(module)
+
+
+class ModelSpec(Protocol):
+    """A frozen dataclass that builds a module for given input and output shapes."""
+
+    def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
+        """A freshly initialised module; draws from torch's global generator, which the caller seeds."""
+
+
+Init = Literal["torch", "cbfinn"]
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Fully connected network; the sinusoid network of the MAML paper by default (1-40-40-1, ReLU)."""
+
+    hidden: tuple[int, ...] = (40, 40)
+    """Widths of the hidden layers."""
+    init: Init = "torch"
+    """"torch": the framework's; "cbfinn": weights N(0, 0.01) cut at two sigma, biases 0, as in the MAML code."""
+    norm: bool = False
+    """BatchNorm (shift only) after each hidden layer, as in the MAML paper's non-convolutional Omniglot network."""
+
+    def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = torch.Size(inputs).numel()
+        for hidden in self.hidden:
+            layers += [nn.Linear(width, hidden, bias=not self.norm)]
+            layers += [kernels.BatchNorm(hidden, scale=False)] if self.norm else []
+            layers += [nn.ReLU()]
+            width = hidden
+        model = nn.Sequential(*layers, nn.Linear(width, outputs))
+        if self.init == "cbfinn":
+            for p in model.parameters():
+                if p.ndim == 2:
+                    nn.init.trunc_normal_(p, std=0.01, a=-0.02, b=0.02)
+                elif p.ndim == 1:
+                    nn.init.zeros_(p)
+        return model
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """Four blocks of 3×3 convolution, BatchNorm, ReLU and halving, then a linear head: few-shot's standard network.
+
+    Convolutions have no bias: the normalisation behind it would cancel it. ReLU stands behind the pooling, which
+    gives the same numbers on a quarter of the pixels.
+    """
+
+    width: int = 64
+    """Channels of every block (Omniglot 64, MiniImagenet 32)."""
+    halving: Literal["stride", "pool", "pool_same"] = "stride"
+    """Stride 2, 2×2 max-pooling that drops a last odd row (valid), or one that keeps it (same)."""
+    features: Literal["mean", "flat"] = "mean"
+    """What the head sees: the mean over space (MAML's Omniglot network) or all positions."""
+    norm_scale: bool = False
+    """Learn a scale γ in BatchNorm beside the shift β; the MAML code has none."""
+    init: Init = "torch"
+    """"torch": the framework's; "cbfinn": Xavier convolutions and an N(0, 1) head, as in the MAML code."""
+
+    def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
+        if len(inputs) != 3:
+            raise ValueError(f"Conv4 wants images (channels, height, width), the task gives inputs of shape {inputs}")
+        channels, *size = inputs
+        blocks = []
+        for _ in range(4):
+            blocks.append(self._block(channels))
+            channels = self.width
+            size = [s // 2 if self.halving == "pool" else -(-s // 2) for s in size]
+        if min(size) < 1:
+            raise ValueError(f"Conv4 halves four times; images of {inputs[1]}×{inputs[2]} are too small (16 or more wanted)")
+        flat = self.features == "flat"
+        pool: nn.Module = nn.Identity() if flat else nn.AdaptiveAvgPool2d(1)
+        head = nn.Linear(channels * (size[0] * size[1] if flat else 1), outputs)
+        model = nn.Sequential()
+        for i, block in enumerate(blocks):
+            model.add_module(f"block{i}", block)
+        model.add_module("features", nn.Sequential(pool, nn.Flatten()))
+        model.add_module("head", head)
+        if self.init == "cbfinn":
+            for p in model.parameters():
+                if p.ndim == 4:
+                    nn.init.xavier_uniform_(p)
+            nn.init.normal_(head.weight)
+            nn.init.zeros_(head.bias)
+        return model
+
+    def _block(self, channels: int) -> nn.Module:
+        stride = 2 if self.halving == "stride" else 1
+        block = nn.Sequential()
+        block.add_module("conv", nn.Conv2d(channels, self.width, 3, stride, padding=1, bias=False))
+        block.add_module("norm", kernels.BatchNorm(self.width, scale=self.norm_scale))
+        if self.halving != "stride":
+            block.add_module("pool", nn.MaxPool2d(2, ceil_mode=self.halving == "pool_same"))
+        block.add_module("relu", nn.ReLU())
+        return block

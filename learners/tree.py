@@ -1,0 +1,61 @@
+"""Arithmetic on dictionaries of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from learners.base import Params
+
+
+def add(a: Params, b: Params) -> Params:
+    """a + b, key by key."""
+    return {k: v + b[k] for k, v in a.items()}
+
+
+def sub(a: Params, b: Params) -> Params:
+    """a − b, key by key."""
+    return {k: v - b[k] for k, v in a.items()}
+
+
+def scale(factor: float | Tensor, a: Params) -> Params:
+    """factor · a."""
+    return {k: factor * v for k, v in a.items()}
+
+
+def apply(function: Callable[[Tensor], Tensor], a: Params) -> Params:
+    """function(a), key by key."""
+    return {k: function(v) for k, v in a.items()}
+
+
+def zeros_like(a: Params) -> Params:
+    """0 in the shape of a."""
+    return apply(torch.zeros_like, a)
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """⟨a, b⟩ over all entries."""
+    return torch.stack([(v * b[k]).sum() for k, v in a.items()]).sum()
+
+
+def norm(a: Params) -> Tensor:
+    """‖a‖₂ over all entries; 0 for an empty dictionary."""
+    return dot(a, a).sqrt() if a else torch.zeros(())
+
+
+def flatten(a: Params) -> Tensor:
+    """All entries as one vector, in the order of the keys."""
+    return torch.cat([v.reshape(-1) for v in a.values()]) if a else torch.zeros(0)
+
+
+def with_prefix(prefix: str, a: Params) -> Params:
+    """The entries of a under `prefix/name`."""
+    return {f"{prefix}/{k}": v for k, v in a.items()}
+
+
+def under(prefix: str, a: Params) -> Params:
+    """The entries of a that stand under `prefix/`, without it: the inverse of `with_prefix`."""
+    start = len(prefix) + 1
+    return {k[start:]: v for k, v in a.items() if k.startswith(f"{prefix}/")}

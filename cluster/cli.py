@@ -1,0 +1,359 @@
+"""The `metafleet` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+T = TypeVar("T")
+
+console = Console()
+errors = Console(stderr=True)
+
+USAGE = """metafleet — distributed meta-training on Ray
+
+  metafleet train RUN [--dir DIR] [--seeds N] [--key value ...]   meta-train; RUN is a preset or a TOML file
+  metafleet resume DIR [--key value ...]                          go on from the last good checkpoint
+  metafleet evaluate DIR [--tasks 600] [--steps 10]               adaptation curve on held-out tasks
+  metafleet compare DIR [DIR ...]                                 table and plot across runs and seeds
+  metafleet export DIR OUT.safetensors                            θ for use with plain torch
+  metafleet list                                                  presets, tasks, models, learners
+  metafleet show RUN [--key value ...]                            the resolved configuration as TOML
+  metafleet check RUN [--key value ...]                           is the meta-gradient what it claims to be?
+  metafleet status DIR                                            what a run is doing
+
+`metafleet COMMAND --help` explains a command and lists every key; `--debug` shows tracebacks.
+Try: metafleet train sinusoid"""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of a training command, beside the keys of the run."""
+
+    dir: str = ""
+    """Run directory; an existing one of the same run is resumed. Default: runs/RUN-DATE-TIME."""
+    seeds: int = 1
+    """Train this many seeds, from `seed` on, each in its own directory DIR/seed-N."""
+    take_over: bool = False
+    """Take the directory over from a driver that still seems alive."""
+    init_from: str = ""
+    """Start from the θ of this finished or interrupted run."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Options of a resumed run."""
+
+    take_over: bool = False
+    """Take the directory over from a driver that still seems alive."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Nothing beside the keys of the run."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; errors of the user become one sentence, and exit code 1 (2 for wrong usage)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [w for w in words if w != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help") or words[0] not in COMMANDS:
+        unknown = bool(words) and not words[0].endswith(("-h", "help"))
+        (errors if unknown else console).print(f"no command {words[0]!r}\n\n{USAGE}" if unknown else USAGE, highlight=False, markup=False)
+        sys.exit(2 if unknown else 0)
+    try:
+        _one_place()
+        COMMANDS[words[0]](words[1:])
+    except KeyboardInterrupt:
+        sys.exit(128 + (_signalled or signal.SIGINT))
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]error:[/] {_sentence(error)}", highlight=False)
+        sys.exit(1)
+
+
+def train(words: list[str]) -> None:
+    """Meta-train RUN, a preset's name (`metafleet list`) or a TOML file."""
+    from cluster import session
+
+    name, options, run = _configured("train", words, TrainOptions, train.__doc__ or "")
+    label = re.sub(r"\W+", "-", Path(name).stem)
+    directory = Path(options.dir) if options.dir else session.new_directory(label)
+    with _interruptible() as interrupted:
+        if options.seeds < 1:
+            raise ValueError(f"seeds={options.seeds}: at least 1 wanted")
+        for seed in range(run.seed, run.seed + options.seeds):
+            place = directory / f"seed-{seed}" if options.seeds > 1 else directory
+            session.train(dataclasses.replace(run, seed=seed), place, init_from=options.init_from,
+                          take_over=options.take_over, interrupted=interrupted)  # fmt: skip
+    if options.seeds > 1:
+        compare([str(directory / f"seed-{s}") for s in range(run.seed, run.seed + options.seeds)])
+
+
+def resume(words: list[str]) -> None:
+    """Go on with the run in DIR from its last good checkpoint. Keys that the numbers do not depend on may change."""
+    from cluster import session
+
+    directory, rest = _leading(words, "DIR")
+    path = session.configuration(Path(directory)) if directory else None
+    _, options, run = _configured("resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR")
+    with _interruptible() as interrupted:
+        session.train(run, Path(directory), take_over=options.take_over, interrupted=interrupted)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Adapt the θ of a run to held-out tasks and print mean ± 95 % CI after each inner step."""
+
+    dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    tasks: int = 600
+    """Held-out tasks."""
+    steps: int = 10
+    """Inner steps."""
+    split: str = "test"
+    """train, validation or test."""
+    checkpoint: str = "newest"
+    """newest, or best (on validation)."""
+    norms: tuple[str, ...] = ()
+    """Normalisation modes to report; empty: as the run does."""
+    pool: str = ""
+    """local or ray; empty: as the run did."""
+    workers: int = 0
+    """Ray actors; 0: as the run did."""
+    json: Path | None = None
+    """Write the numbers to this file."""
+
+
+def evaluate(words: list[str]) -> None:
+    from cluster import session
+
+    o = _parsed("evaluate", Evaluate, words)
+    run, curves = session.evaluate(o.dir, tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
+                                   norms=o.norms, pool=o.pool, workers=o.workers)  # fmt: skip
+    console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
+    if o.json:
+        o.json.write_text(json.dumps(curves.as_dict(), indent=1))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Table and plot of several runs; runs that differ in their seed only are averaged."""
+
+    dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories."""
+    out: Path = Path("comparison.png")
+    """Where the plot goes."""
+
+
+def compare(words: list[str]) -> None:
+    from cluster import comparison
+
+    o = _parsed("compare", Compare, words)
+    groups = comparison.grouped(list(o.dirs))
+    for table in comparison.tables(groups):
+        console.print(table)
+    comparison.plot(groups, o.out)
+    console.print(f"plot: {o.out}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the θ of a run as safetensors, for use with plain torch (README shows how)."""
+
+    dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """File to write."""
+    checkpoint: str = "newest"
+    """newest, or best (on validation)."""
+
+
+def export(words: list[str]) -> None:
+    from cluster import session
+
+    o = _parsed("export", Export, words)
+    names = session.export(o.dir, o.out, o.checkpoint)
+    console.print(f"{o.out}: {len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", highlight=False)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the run in DIR is doing, or how it ended."""
+
+    dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+
+
+def status(words: list[str]) -> None:
+    from cluster import session
+
+    o = _parsed("status", Status, words)
+    console.print(session.status(o.dir))
+
+
+def list_(words: list[str]) -> None:
+    """Presets, tasks, models and learners."""
+    from cluster import session
+
+    tyro.cli(NoOptions, args=words, prog="metafleet list", description=list_.__doc__)
+    for table in session.listing():
+        console.print(table)
+
+
+def show(words: list[str]) -> None:
+    """Print the resolved configuration of RUN as TOML: every key, defaults included."""
+    from cluster import config
+
+    _, _, run = _configured("show", words, NoOptions, show.__doc__ or "")
+    sys.stdout.write(config.to_toml(run))
+
+
+def check(words: list[str]) -> None:
+    """Is RUN's meta-gradient what it claims to be? A few real tasks, in float64, against finite differences."""
+    from cluster import guard
+
+    _, _, run = _configured("check", words, NoOptions, check.__doc__ or "")
+    verdict = guard.check(run)
+    console.print(verdict.sentence, highlight=False)
+    if not verdict.holds:
+        sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train, "resume": resume, "evaluate": evaluate, "compare": compare, "export": export,
+    "list": list_, "show": show, "check": check, "status": status,
+}  # fmt: skip
+
+
+def _configured(command: str, words: list[str], options: type[T], description: str, shown: str = "RUN") -> tuple[str, T, Any]:
+    """(RUN, options, run) of `RUN --key value …`. The flags are those of the classes that RUN and --x.name choose."""
+    from cluster import config
+
+    name, rest = _leading(words, shown)
+    overrides, rest = _choices(rest)
+    run = config.load(name or "sinusoid", overrides)
+    if not name and not any(w in ("-h", "--help") for w in rest):
+        raise ValueError(f"metafleet {command} wants a {shown} first, for example: metafleet {command} {'sinusoid' if shown == 'RUN' else 'runs/mine'}")
+    flags = _flags(options, run)
+    default = flags(**{f.name: f.default for f in dataclasses.fields(options)}, **_fields(run))  # type: ignore[arg-type]
+    parsed = tyro.cli(flags, args=rest, default=default, prog=f"metafleet {command} {name or shown}", description=description)
+    chosen = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(options)}  # type: ignore[arg-type]
+    return name, options(**chosen), config.Run(**{f.name: _plain(getattr(parsed, f.name)) for f in dataclasses.fields(config.Run)})
+
+
+def _flags(options: type, run: Any) -> Any:
+    """A dataclass of the options and the run's keys, with the run's concrete classes where it allows a choice."""
+    narrow = _narrowed(run)
+    return dataclass(frozen=True)(type("Flags", (options, narrow), {"__annotations__": {}}))
+
+
+def _narrowed(value: Any) -> type:
+    """The class of a dataclass instance, with fields declared as interfaces redeclared as what stands in them."""
+    cls = type(value)
+    declared = {f.name: type(getattr(value, f.name)) for f in dataclasses.fields(cls) if dataclasses.is_dataclass(getattr(value, f.name))}
+    if not declared:
+        return cls
+    inner = {name: _narrowed(getattr(value, name)) for name in declared}
+    narrow = type(cls.__name__, (cls,), {"__annotations__": inner, "__doc__": cls.__doc__, "__post_init__": lambda self: None, "of": cls})
+    for name in inner:
+        setattr(narrow, name, _instance(inner[name], getattr(value, name)))
+    return dataclass(frozen=True)(narrow)
+
+
+def _instance(narrow: type, value: Any) -> Any:
+    return narrow(**_fields_as(narrow, value))
+
+
+def _fields_as(narrow: type, value: Any) -> dict[str, Any]:
+    hints = {f.name: f.type for f in dataclasses.fields(narrow)}
+    values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {k: _instance(hints[k], v) if dataclasses.is_dataclass(v) and isinstance(hints[k], type) else v for k, v in values.items()}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return _fields_as(_narrowed(value), value)
+
+
+def _plain(value: Any) -> Any:
+    """Back from narrowed classes to the real ones."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    cls = getattr(type(value), "of", type(value))
+    return cls(**{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)})
+
+
+def _choices(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Take `--learner.name reptile` and the like out of the words: they decide which flags there are."""
+    overrides: dict[str, str] = {}
+    rest = []
+    waiting = iter(words)
+    for word in waiting:
+        match = re.fullmatch(r"--((?:\w+\.)+name)(?:=(.*))?", word)
+        if match:
+            overrides[match[1]] = match[2] if match[2] is not None else next(waiting, "")
+        else:
+            rest.append(word)
+    return overrides, rest
+
+
+def _leading(words: list[str], what: str) -> tuple[str, list[str]]:
+    return (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
+
+
+def _parsed(command: str, cls: type[T], words: list[str]) -> T:
+    return tyro.cli(cls, args=words, prog=f"metafleet {command}")
+
+
+def _one_place() -> None:
+    """A user's own folder named `envs` or `learners` in front of ours would be imported instead."""
+    import envs
+    import learners
+
+    homes = {str(Path(m.__path__[0]).parent) for m in (envs, learners)} | {str(Path(__file__).parents[1])}
+    if len(homes) > 1:
+        raise RuntimeError(f"the packages cluster, learners and envs come from different places ({', '.join(sorted(homes))}); start from another folder")
+
+
+_signalled = 0
+
+
+class _interruptible:
+    """Inside, the first SIGINT or SIGTERM asks the run to stop after a checkpoint; the second ends the process."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return lambda: bool(_signalled)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        global _signalled
+        if _signalled:
+            os._exit(128 + number)
+        _signalled = number
+        errors.print("stopping after a checkpoint; once more to stop at once", highlight=False)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What the commands do: a configuration and a directory become a run, a table, a file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from cluster import assemble, catalog, config, monitor
+from cluster.checkpoint import Checkpoints, State, write_atomically
+from cluster.config import Run
+from cluster.dispatch import Dispatcher
+from cluster.driver import Driver
+from cluster.evaluate import Curves, Pending
+from cluster.journal import Journal
+from cluster.ledger import Ledger
+from cluster.worker import environment, set_up_torch
+
+CONFIGURATION = "run.toml"
+
+
+def new_directory(label: str) -> Path:
+    """runs/LABEL-DATE-TIME."""
+    return Path("runs") / f"{label}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def configuration(directory: Path) -> Path:
+    """The resolved configuration of an existing run."""
+    path = directory / CONFIGURATION
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} is not a run directory: it has no {CONFIGURATION}")
+    return path
+
+
+def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = False,
+          interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
+    """Train `run` in `directory`, or go on with it there."""
+    monitor.plain_logging()
+    run = prepared(run, directory)
+    parts, params = assemble.recipe(run)
+    if init_from:
+        theta = Checkpoints(Path(init_from) / "checkpoints").newest()
+        if theta is None:
+            raise FileNotFoundError(f"--init-from {init_from}: no checkpoint there")
+        params = _like(params, theta.meta.params, init_from)
+    pool = assemble.pool(run, parts)
+    try:
+        Driver(
+            parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
+            policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation,
+            allow_mixed_fleet=run.allow_mixed_fleet, take_over=take_over, interrupted=interrupted,
+            hparams=config.flat(config.to_table(run)),
+        ).run()  # fmt: skip
+    finally:
+        pool.close()
+
+
+def prepared(run: Run, directory: Path) -> Run:
+    """`run` with its data fetched and everything resolved, written to the directory; or as it was resolved there.
+
+    Raises ValueError where the directory holds another run.
+    """
+    path = directory / CONFIGURATION
+    if path.exists():
+        old: Run = config.load(str(path))
+        run = _as_before(run, old)
+        config.check_resumable(old, run)
+        why = "as when the run began"
+    run.task.prepare()
+    if not path.exists():
+        set_up_torch(run.threads, "cpu")
+        run, why = assemble.resolved(run)
+    monitor.log.info("%s", why)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, config.to_toml(run, {"environment": environment()}).encode())
+    return run
+
+
+def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", checkpoint: str = "newest",
+             norms: tuple[str, ...] = (), pool: str = "", workers: int = 0) -> tuple[Run, Curves]:  # fmt: skip
+    """Adaptation curves of a run's θ."""
+    run = config.load(str(configuration(directory)))
+    if pool not in ("", "local", "ray"):
+        raise ValueError(f"pool={pool!r} is not one of local, ray")
+    if tasks < 1 or steps < 0:
+        raise ValueError(f"tasks={tasks}, steps={steps}: at least 1 task and 0 steps wanted")
+    evaluation = replace(run.evaluation, steps=steps, norms=norms or run.evaluation.norms)
+    run = replace(run, pool=pool or run.pool, workers=workers or run.workers, evaluation=evaluation)
+    state = chosen(directory, checkpoint)
+    run.task.prepare()
+    parts, _ = assemble.recipe(run)
+    fleet = assemble.pool(run, parts)
+    try:
+        dispatcher = Dispatcher(fleet, Ledger(_Unwritten()), max_attempts=run.policy.max_attempts)
+        return run, Pending(dispatcher, state.meta, split, tasks, run.shard).result()
+    finally:
+        fleet.close()
+
+
+def chosen(directory: Path, checkpoint: str) -> State:
+    """The newest or the best checkpoint of a run directory."""
+    checkpoints = Checkpoints(directory / "checkpoints")
+    if checkpoint not in ("newest", "best"):
+        raise ValueError(f"checkpoint={checkpoint!r} is not one of newest, best")
+    state = checkpoints.best() if checkpoint == "best" else checkpoints.newest()
+    if state is None:
+        raise FileNotFoundError(f"{directory} has no checkpoint yet")
+    return state
+
+
+def export(directory: Path, out: Path, checkpoint: str) -> list[str]:
+    """Write θ (and carried statistics) as safetensors, with the configuration as metadata; returns the names."""
+    from safetensors.torch import save
+
+    state = chosen(directory, checkpoint)
+    text = configuration(directory).read_text()
+    tensors = {k: v.contiguous() for k, v in (state.meta.params | state.meta.slots).items()}
+    write_atomically(out, save(tensors, {"metafleet": text, "iteration": str(state.iteration)}))
+    return list(tensors)
+
+
+def status(directory: Path) -> Table:
+    """status.json as a table; says where a run that claims to be running has fallen silent."""
+    path = directory / "status.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} has no status.json: not a run directory, or one that has not begun")
+    content: dict[str, Any] = json.loads(path.read_text())
+    age = time.time() - content["updated"]
+    state = content["state"] + (f" (but silent for {age:.0f} s)" if content["state"] == "running" and age > 60 else "")
+    table = Table(title=str(directory), show_header=False)
+    rows: dict[str, object] = {
+        "state": state,
+        "iteration": f"{content['iteration']} of {content['iterations']}",
+        "time left": f"{content['eta_s']:.0f} s" if content["state"] == "running" else "",
+        "driver": f"process {content['pid']} on {content['host']}, attempt {content['attempt']}",
+        "updated": f"{age:.0f} s ago",
+        "workers": ", ".join(content["workers"]),
+        "tickets": ", ".join(f"{v} {k}" for k, v in content["counts"].items() if v),
+        "best on validation": ", ".join(f"{k} {v:g}" for k, v in content["best"].items()),
+    }
+    metrics = {k: f"{v:.5g}" for k, v in content["metrics"].items()}
+    for key, value in (rows | metrics).items():
+        if value != "":
+            table.add_row(key, str(value))
+    return table
+
+
+def listing() -> list[Table]:
+    """What there is to choose from."""
+    runs = Table(title="presets (metafleet train NAME)", title_justify="left")
+    runs.add_column("name", no_wrap=True)
+    runs.add_column("what it is")
+    for name in config.presets():
+        table = tomllib.loads(config.find(name).read_text())
+        runs.add_row(name, str(table.get("description", "")))
+    parts = Table(title="to choose by --task.name, --learner.name, …", title_justify="left")
+    parts.add_column("key", no_wrap=True)
+    parts.add_column("name", no_wrap=True)
+    parts.add_column("what it is")
+    keys = {"task": catalog.TASKS, "task.source": catalog.SOURCES, "model": catalog.MODELS, "learner": catalog.LEARNERS,
+            "outer": catalog.OUTERS, "policy": catalog.POLICIES}  # fmt: skip
+    for key, choices in keys.items():
+        for name, cls in choices.items():
+            parts.add_row(key, name, (cls.__doc__ or "").strip().splitlines()[0])
+    return [runs, parts]
+
+
+def _as_before(run: Run, old: Run) -> Run:
+    """What "auto" and 0 were resolved to when the run began."""
+    if run.execution == "auto":
+        run = replace(run, execution=old.execution, chunk=run.chunk or old.chunk)
+    if getattr(run.outer, "horizon", None) == 0:
+        run = replace(run, outer=replace(run.outer, horizon=getattr(old.outer, "horizon", 0)))  # type: ignore[type-var]
+    return run
+
+
+def _like(params: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:
+    """`given`, if it has the names and shapes of `params`."""
+    wrong = [k for k, v in params.items() if k not in given or given[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f"--init-from {where}: its model has no parameter {wrong[0]} of shape {tuple(params[wrong[0]].shape)}")
+    return {k: given[k] for k in params}
+
+
+class _Unwritten(Journal):
+    """A journal for work that changes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, **fields: Any) -> None:
+        pass

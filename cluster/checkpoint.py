@@ -108,7 +108,7 @@ class Checkpoints:
     def save(self, state: State) -> Path:
         """Write `state` as the newest, then remove the oldest beyond `keep`. Raises OSError; nothing is lost then."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{state.iteration:010d}.ckpt"
+        path = self._path(state.iteration)
         write_atomically(path, encode(state))
         for old in self._all()[self.keep :]:
             old.unlink(missing_ok=True)
@@ -140,6 +140,17 @@ class Checkpoints:
     def best(self) -> State:
         """The best on validation."""
         return load(self.folder / "best.ckpt")
+
+    def at(self, iteration: int) -> State:
+        """The one of an iteration, if it is still kept."""
+        path = self._path(iteration)
+        if not path.exists():
+            kept = ", ".join(str(int(p.stem)) for p in reversed(self._all()))
+            raise ValueError(f"{self.folder} has no checkpoint of iteration {iteration}; there are {kept or 'none'}")
+        return load(path)
+
+    def _path(self, iteration: int) -> Path:
+        return self.folder / f"{iteration:010d}.ckpt"
 
     def _all(self) -> list[Path]:
         found = [p for p in self.folder.glob("*.ckpt") if re.fullmatch(r"\d{10}", p.stem)]

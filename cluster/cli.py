@@ -76,12 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _one_place()
         COMMANDS[words[0]](words[1:])
-    except KeyboardInterrupt:
-        sys.exit(128 + (_signalled or signal.SIGINT))
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
-        errors.print(f"[bold red]error:[/] {_sentence(error)}", highlight=False)
+        errors.print(f"[bold red]error:[/] {_sentence(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -92,13 +94,11 @@ def train(words: list[str]) -> None:
     name, options, run = _configured("train", words, TrainOptions, train.__doc__ or "")
     label = re.sub(r"\W+", "-", Path(name).stem)
     directory = Path(options.dir) if options.dir else session.new_directory(label)
-    with _interruptible() as interrupted:
-        if options.seeds < 1:
-            raise ValueError(f"seeds={options.seeds}: at least 1 wanted")
-        for seed in range(run.seed, run.seed + options.seeds):
-            place = directory / f"seed-{seed}" if options.seeds > 1 else directory
-            session.train(dataclasses.replace(run, seed=seed), place, init_from=options.init_from,
-                          take_over=options.take_over, interrupted=interrupted)  # fmt: skip
+    if options.seeds < 1:
+        raise ValueError(f"seeds={options.seeds}: at least 1 wanted")
+    for seed in range(run.seed, run.seed + options.seeds):
+        place = directory / f"seed-{seed}" if options.seeds > 1 else directory
+        session.train(dataclasses.replace(run, seed=seed), place, init_from=options.init_from, take_over=options.take_over)
     if options.seeds > 1:
         compare([str(directory / f"seed-{s}") for s in range(run.seed, run.seed + options.seeds)])
 
@@ -110,8 +110,7 @@ def resume(words: list[str]) -> None:
     directory, rest = _leading(words, "DIR")
     path = session.configuration(Path(directory)) if directory else None
     _, options, run = _configured("resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR")
-    with _interruptible() as interrupted:
-        session.train(run, Path(directory), take_over=options.take_over, interrupted=interrupted)
+    session.train(run, Path(directory), take_over=options.take_over)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Evaluate:
     split: str = "test"
     """train, validation or test."""
     checkpoint: str = "newest"
-    """newest, or best (on validation)."""
+    """newest, best (on validation), or the iteration of one that is kept."""
     norms: tuple[str, ...] = ()
     """Normalisation modes to report; empty: as the run does."""
     pool: str = ""
@@ -248,44 +247,32 @@ def _configured(command: str, words: list[str], options: type[T], description: s
     run = config.load(name or "sinusoid", overrides)
     if not name and not any(w in ("-h", "--help") for w in rest):
         raise ValueError(f"metafleet {command} wants a {shown} first, for example: metafleet {command} {'sinusoid' if shown == 'RUN' else 'runs/mine'}")
-    flags = _flags(options, run)
-    default = flags(**{f.name: f.default for f in dataclasses.fields(options)}, **_fields(run))  # type: ignore[arg-type]
-    parsed = tyro.cli(flags, args=rest, default=default, prog=f"metafleet {command} {name or shown}", description=description)
-    chosen = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(options)}  # type: ignore[arg-type]
-    return name, options(**chosen), config.Run(**{f.name: _plain(getattr(parsed, f.name)) for f in dataclasses.fields(config.Run)})
-
-
-def _flags(options: type, run: Any) -> Any:
-    """A dataclass of the options and the run's keys, with the run's concrete classes where it allows a choice."""
     narrow = _narrowed(run)
-    return dataclass(frozen=True)(type("Flags", (options, narrow), {"__annotations__": {}}))
+    flags = dataclass(frozen=True)(type("Flags", (options, type(narrow)), {"__annotations__": {}}))
+    default = flags(**_values(options()), **_values(narrow))
+    parsed = tyro.cli(flags, args=rest, default=default, prog=f"metafleet {command} {name or shown}", description=description)
+    values = _values(parsed)
+    own = {k: values.pop(k) for k in _values(options())}
+    return name, options(**own), config.Run(**{k: _plain(v) for k, v in values.items()})
 
 
-def _narrowed(value: Any) -> type:
-    """The class of a dataclass instance, with fields declared as interfaces redeclared as what stands in them."""
+def _narrowed(value: Any) -> Any:
+    """An equal dataclass whose fields are declared as the classes that stand in them, not as interfaces.
+
+    Flags can be made of the former only; `_plain` leads back.
+    """
+    inner = {name: _narrowed(child) for name, child in _values(value).items() if dataclasses.is_dataclass(child)}
+    if not inner:
+        return value
     cls = type(value)
-    declared = {f.name: type(getattr(value, f.name)) for f in dataclasses.fields(cls) if dataclasses.is_dataclass(getattr(value, f.name))}
-    if not declared:
-        return cls
-    inner = {name: _narrowed(getattr(value, name)) for name in declared}
-    narrow = type(cls.__name__, (cls,), {"__annotations__": inner, "__doc__": cls.__doc__, "__post_init__": lambda self: None, "of": cls})
-    for name in inner:
-        setattr(narrow, name, _instance(inner[name], getattr(value, name)))
-    return dataclass(frozen=True)(narrow)
+    declared = {name: type(child) for name, child in inner.items()}
+    body = {"__annotations__": declared, "__doc__": cls.__doc__, "__post_init__": lambda self: None, "of": cls}
+    narrow = dataclass(frozen=True)(type(cls.__name__, (cls,), body | inner))
+    return narrow(**(_values(value) | inner))
 
 
-def _instance(narrow: type, value: Any) -> Any:
-    return narrow(**_fields_as(narrow, value))
-
-
-def _fields_as(narrow: type, value: Any) -> dict[str, Any]:
-    hints = {f.name: f.type for f in dataclasses.fields(narrow)}
-    values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return {k: _instance(hints[k], v) if dataclasses.is_dataclass(v) and isinstance(hints[k], type) else v for k, v in values.items()}
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return _fields_as(_narrowed(value), value)
+def _values(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
 
 
 def _plain(value: Any) -> Any:
@@ -293,7 +280,7 @@ def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     cls = getattr(type(value), "of", type(value))
-    return cls(**{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return cls(**{name: _plain(child) for name, child in _values(value).items()})
 
 
 def _choices(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -326,28 +313,6 @@ def _one_place() -> None:
     homes = {str(Path(m.__path__[0]).parent) for m in (envs, learners)} | {str(Path(__file__).parents[1])}
     if len(homes) > 1:
         raise RuntimeError(f"the packages cluster, learners and envs come from different places ({', '.join(sorted(homes))}); start from another folder")
-
-
-_signalled = 0
-
-
-class _interruptible:
-    """Inside, the first SIGINT or SIGTERM asks the run to stop after a checkpoint; the second ends the process."""
-
-    def __enter__(self) -> Callable[[], bool]:
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return lambda: bool(_signalled)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: object) -> None:
-        global _signalled
-        if _signalled:
-            os._exit(128 + number)
-        _signalled = number
-        errors.print("stopping after a checkpoint; once more to stop at once", highlight=False)
 
 
 def _sentence(error: Exception) -> str:

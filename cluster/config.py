@@ -142,7 +142,7 @@ def find(name: str) -> Path:
         return Path(name)
     path = PRESETS / f"{name}.toml"
     if not path.exists():
-        raise ValueError(f"RUN={name!r} is no preset{_nearest(name, presets())}; `metafleet list` shows all, a path to a TOML file works too")
+        raise ValueError(f"RUN={name!r} is neither a preset nor a .toml file{_nearest(name, presets()) or '; `metafleet list` shows the presets'}")
     return path
 
 

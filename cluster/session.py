@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import signal
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +42,12 @@ def configuration(directory: Path) -> Path:
     return path
 
 
-def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = False,
-          interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
-    """Train `run` in `directory`, or go on with it there."""
+def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = False) -> None:
+    """Train `run` in `directory`, or go on with it there.
+
+    The first SIGINT or SIGTERM stops it after a checkpoint (KeyboardInterrupt with the signal's number), the second
+    ends the process.
+    """
     monitor.plain_logging()
     run = prepared(run, directory)
     parts, params = assemble.recipe(run)
@@ -52,12 +58,16 @@ def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = F
         params = _like(params, theta.meta.params, init_from)
     pool = assemble.pool(run, parts)
     try:
-        Driver(
-            parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
-            policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation,
-            allow_mixed_fleet=run.allow_mixed_fleet, take_over=take_over, interrupted=interrupted,
-            hparams=config.flat(config.to_table(run)),
-        ).run()  # fmt: skip
+        # Only now: connecting to Ray installs signal handlers of its own.
+        with _signals() as received:
+            Driver(
+                parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
+                policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation,
+                allow_mixed_fleet=run.allow_mixed_fleet, take_over=take_over, interrupted=lambda: bool(received),
+                hparams=config.flat(config.to_table(run)),
+            ).run()  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*received) from None
     finally:
         pool.close()
 
@@ -105,14 +115,18 @@ def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", ch
 
 
 def chosen(directory: Path, checkpoint: str) -> State:
-    """The newest or the best checkpoint of a run directory."""
+    """The newest or the best checkpoint of a run directory, or that of an iteration."""
     checkpoints = Checkpoints(directory / "checkpoints")
-    if checkpoint not in ("newest", "best"):
-        raise ValueError(f"checkpoint={checkpoint!r} is not one of newest, best")
-    state = checkpoints.best() if checkpoint == "best" else checkpoints.newest()
-    if state is None:
-        raise FileNotFoundError(f"{directory} has no checkpoint yet")
-    return state
+    if checkpoint == "newest":
+        state = checkpoints.newest()
+        if state is None:
+            raise FileNotFoundError(f"{directory} has no checkpoint yet")
+        return state
+    if checkpoint == "best":
+        return checkpoints.best()
+    if checkpoint.isdigit():
+        return checkpoints.at(int(checkpoint))
+    raise ValueError(f"checkpoint={checkpoint!r} is neither newest, best nor the iteration of one that is kept")
 
 
 def export(directory: Path, out: Path, checkpoint: str) -> list[str]:
@@ -170,6 +184,25 @@ def listing() -> list[Table]:
         for name, cls in choices.items():
             parts.add_row(key, name, (cls.__doc__ or "").strip().splitlines()[0])
     return [runs, parts]
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are put into the list given; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        monitor.log.warning("stopping after a checkpoint; once more to stop at once")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _as_before(run: Run, old: Run) -> Run:

@@ -29,6 +29,11 @@ def transforms() -> Iterator[None]:
         _TRANSFORMED.reset(token)
 
 
+def transformed() -> bool:
+    """Whether we are under torch's function transforms, where memory layout is not ours to choose."""
+    return _TRANSFORMED.get()
+
+
 def differentiate(loss: Callable[[Params], Tensor], at: Params, again: bool = False) -> tuple[Params, Tensor]:
     """(∇ loss(at), loss(at)).
 
@@ -38,7 +43,7 @@ def differentiate(loss: Callable[[Params], Tensor], at: Params, again: bool = Fa
     # Nobody above can differentiate once more where grad mode is off: evaluation builds no second graph.
     again = again and torch.is_grad_enabled()
     with torch.enable_grad():
-        if _TRANSFORMED.get():
+        if transformed():
             grads, value = torch.func.grad_and_value(loss)(at)
         else:
             leaves = at if again and _attached(at) else _leaves(at)

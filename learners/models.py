@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from learners import kernels
 from learners.base import Params
+from learners.derivative import transformed
 
 log = logging.getLogger("metafleet")
 
@@ -60,7 +61,7 @@ class Functional:
         for norm in self._norms.values():
             norm.statistics = statistics
         mine = {k: v for k, v in params.items() if k in self._names}
-        y: Tensor = functional_call(self.module, mine, (kernels.channels_last(x),))
+        y: Tensor = functional_call(self.module, mine, (x if transformed() else kernels.channels_last(x),))
         return y
 
     def observe(self, params: Params, x: Tensor, statistics: kernels.Statistics) -> Params:

@@ -29,6 +29,8 @@ class Sinusoid:
     """Query points per task in training."""
     test_queries: int = 100
     """Query points per task in validation and test."""
+    train_shots: int = 0
+    """If positive, training tasks are this many points and no query set (Reptile)."""
     amplitude: tuple[float, float] = (0.1, 5.0)
     """Range of A."""
     phase: tuple[float, float] = (0.0, np.pi)
@@ -61,14 +63,16 @@ class Sinusoid:
 
     def sample(self, split: str, rng: np.random.Generator) -> Arrays:
         check_split(split)
-        queries = self.queries if split == "train" else self.test_queries
+        k, queries = self.shots, self.queries if split == "train" else self.test_queries
+        if split == "train" and self.train_shots:
+            k, queries = self.train_shots, 0
         (a0, a1), (b0, b1), (w0, w1) = self.amplitude, self.phase, self.frequency
         a, b, w = rng.random(3) * (a1 - a0, b1 - b0, w1 - w0) + (a0, b0, w0)
-        x = X_LOW + (X_HIGH - X_LOW) * rng.random((self.shots + queries, 1))
+        x = X_LOW + (X_HIGH - X_LOW) * rng.random((k + queries, 1))
         y = a * np.sin(w * x - b)
         x, y = x.astype(np.float32), y.astype(np.float32)
-        k = self.shots
-        return {"support_x": x[:k], "support_y": y[:k], "query_x": x[k:], "query_y": y[k:]}
+        task: Arrays = {"support_x": x[:k], "support_y": y[:k]}
+        return task | {"query_x": x[k:], "query_y": y[k:]} if queries else task
 
     def picture(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> Figure:
         from matplotlib.figure import Figure

@@ -138,18 +138,22 @@ class MLP:
     """Widths of the hidden layers."""
     init: Init = "torch"
     """"torch": the framework's; "cbfinn": weights N(0, 0.01) cut at two sigma, biases 0, as in the MAML code."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Nonlinearity behind each hidden layer."""
     norm: bool = False
     """BatchNorm (shift only) after each hidden layer, as in the MAML paper's non-convolutional Omniglot network."""
 
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
-        layers: list[nn.Module] = [nn.Flatten()]
+        model = nn.Sequential()
+        model.add_module("flatten", nn.Flatten())
         width = torch.Size(inputs).numel()
-        for hidden in self.hidden:
-            layers += [nn.Linear(width, hidden, bias=not self.norm)]
-            layers += [kernels.BatchNorm(hidden, scale=False)] if self.norm else []
-            layers += [nn.ReLU()]
+        for i, hidden in enumerate(self.hidden):
+            model.add_module(f"linear{i}", nn.Linear(width, hidden, bias=not self.norm))
+            if self.norm:
+                model.add_module(f"norm{i}", kernels.BatchNorm(hidden, scale=False))
+            model.add_module(f"{self.activation}{i}", nn.ReLU() if self.activation == "relu" else nn.Tanh())
             width = hidden
-        model = nn.Sequential(*layers, nn.Linear(width, outputs))
+        model.add_module("head", nn.Linear(width, outputs))
         if self.init == "cbfinn":
             for p in model.parameters():
                 if p.ndim == 2:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learners.derivative import transformed
+
 PATCH_INPUTS = 32  # in_channels · kernel area up to which the matrix product over patches wins
 
 
@@ -97,6 +99,8 @@ class BatchNorm(nn.Module):
         """Ours with the parameters and running statistics of torch's."""
         ours = cls(native.num_features, native.eps, scale=native.affine, shift=native.affine)
         state = {k: v for k, v in native.state_dict().items() if k != "num_batches_tracked"}
+        for like in state.values():
+            ours = ours.to(like)
         ours.load_state_dict(state, strict=False)
         return ours
 
@@ -149,7 +153,7 @@ class PatchConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if x.is_cuda or transformed():
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         (kh, kw), (ph, pw) = self.kernel, self.padding
         padded = F.pad(x, (int(pw), int(pw), int(ph), int(ph)))

@@ -163,6 +163,13 @@ class MLP:
         return model
 
 
+class SpatialMean(nn.Module):
+    """[n, C, H, W] → [n, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 @dataclass(frozen=True)
 class Conv4:
     """Four blocks of 3×3 convolution, BatchNorm, ReLU and halving, then a linear head: few-shot's standard network.
@@ -194,12 +201,11 @@ class Conv4:
         if min(size) < 1:
             raise ValueError(f"Conv4 halves four times; images of {inputs[1]}×{inputs[2]} are too small (16 or more wanted)")
         flat = self.features == "flat"
-        pool: nn.Module = nn.Identity() if flat else nn.AdaptiveAvgPool2d(1)
         head = nn.Linear(channels * (size[0] * size[1] if flat else 1), outputs)
         model = nn.Sequential()
         for i, block in enumerate(blocks):
             model.add_module(f"block{i}", block)
-        model.add_module("features", nn.Sequential(pool, nn.Flatten()))
+        model.add_module("features", nn.Flatten() if flat else SpatialMean())
         model.add_module("head", head)
         if self.init == "cbfinn":
             for p in model.parameters():

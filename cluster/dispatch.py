@@ -105,10 +105,11 @@ class Dispatcher:
         if self._interrupted():
             raise KeyboardInterrupt
         while any(self._queues) and self.pool.free() > 0:
-            queue = self._queues[0] or self._queues[1]
-            assignment = replace(queue.popleft(), oldest=min(self._handles, default=0))
-            self.ledger.dispatch(assignment)
-            self.pool.submit(assignment)
+            assignment = (self._queues[0] or self._queues[1]).popleft()
+            if assignment.ticket in self._rounds:  # else an earlier attempt was answered after all
+                assignment = replace(assignment, oldest=min(self._handles, default=0))
+                self.ledger.dispatch(assignment)
+                self.pool.submit(assignment)
         for event in self.pool.poll(timeout):
             self._handle(event)
 

@@ -40,7 +40,7 @@ class LocalPool:
         self._worker = Worker(recipe, "local")
         self._values: dict[int, Broadcast] = {}
         self._next = 0
-        self._waiting: deque[Assignment] = deque()
+        self._waiting: deque[tuple[Assignment, Broadcast, Broadcast | None]] = deque()
         self._events: list[Event] = [FleetEvent("joined", "local", environment())]
 
     def publish(self, value: Params) -> int:
@@ -55,14 +55,14 @@ class LocalPool:
         return 2 - len(self._waiting)
 
     def submit(self, assignment: Assignment) -> None:
-        self._waiting.append(assignment)
+        operand = self._values[assignment.operand] if assignment.operand is not None else None
+        self._waiting.append((assignment, self._values[assignment.at], operand))
 
     def poll(self, timeout: float) -> list[Event]:
         events, self._events = self._events, []
         if self._waiting:
-            a = self._waiting.popleft()
-            operand = self._values[a.operand] if a.operand is not None else None
-            header, vector = self._worker.run(wire.encode_assignment(a), self._values[a.at], operand)
+            assignment, at, operand = self._waiting.popleft()
+            header, vector = self._worker.run(wire.encode_assignment(assignment), at, operand)
             events.append(wire.decode_sum(header, vector))
         return events
 

@@ -26,14 +26,15 @@ _STATEFUL = (nn.modules.batchnorm._NormBase, nn.RNNBase, nn.modules.lazy.LazyMod
 class Functional:
     """A module as a pure function: `model(params, x)`.
 
-    `params()` are its parameters by name; `running()` the running statistics of its BatchNorm layers by name.
-    Both may be given in `params`; what is missing there is taken from the module.
+    `params` holds every parameter by name, as `params()` gives them, and may hold `running()`, the running statistics
+    of BatchNorm layers, which otherwise are the module's own.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._norms = {name: m for name, m in module.named_modules() if isinstance(m, kernels.BatchNorm)}
-        self._names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        self._required = {name for name, _ in module.named_parameters()}
+        self._names = self._required | {name for name, _ in module.named_buffers()}
 
     def params(self) -> Params:
         """Copies of the module's parameters: the initial θ."""
@@ -57,7 +58,12 @@ class Functional:
         return Functional(copy.deepcopy(self.module).to(device))
 
     def __call__(self, params: Params, x: Tensor, statistics: kernels.Statistics = kernels.BATCH) -> Tensor:
-        """Outputs [n, …] for inputs [n, …] at `params`; entries that are not the module's are ignored."""
+        """Outputs [n, …] for inputs [n, …] at `params`; entries that are not the module's are ignored.
+
+        Raises ValueError where a parameter is missing.
+        """
+        if not self._required <= params.keys():
+            raise ValueError(f"the model's parameter {min(self._required - params.keys())!r} is missing among {', '.join(params)}")
         for norm in self._norms.values():
             norm.statistics = statistics
         mine = {k: v for k, v in params.items() if k in self._names}

@@ -1,0 +1,99 @@
+"""Several runs side by side: a table and a plot, runs that differ in their seed only being averaged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from cluster import config, session
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration, over seeds."""
+
+    label: str
+    run: config.Run
+    results: list[dict[str, Any]]
+    """Contents of each run's evaluation.json."""
+    validation: list[list[dict[str, Any]]]
+    """Validation lines of each run's metrics.jsonl."""
+
+    def curve(self, measure: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(mean, half-width of the 95 % interval) per inner step: over seeds, or over tasks where there is one seed."""
+        means = np.array([r["mean"][measure] for r in self.results])
+        if len(means) == 1:
+            return means[0], np.array(self.results[0]["ci95"][measure])
+        return means.mean(0), 1.96 * means.std(0, ddof=1) / np.sqrt(len(means))
+
+
+def grouped(directories: list[Path]) -> list[Group]:
+    """Finished runs by configuration. Raises FileNotFoundError for one without results."""
+    groups: dict[str, list[Path]] = {}
+    runs: dict[str, config.Run] = {}
+    for directory in directories:
+        if not (directory / "evaluation.json").exists():
+            raise FileNotFoundError(f"{directory} has no evaluation.json: not a run directory, or a run that has not finished")
+        run = config.load(str(session.configuration(directory)))
+        key = json.dumps({k: v for k, v in config.flat(config.to_table(run)).items() if k != "seed"})
+        groups.setdefault(key, []).append(directory)
+        runs[key] = run
+    return [_group(members, runs[key]) for key, members in groups.items()]
+
+
+def tables(groups: list[Group]) -> list[Table]:
+    """One table per measure: a row per group, columns for inner steps 0, 1 and the last."""
+    measures = list(dict.fromkeys(m for g in groups for m in g.results[0]["mean"]))
+    return [_table(groups, measure) for measure in measures]
+
+
+def plot(groups: list[Group], out: Path) -> None:
+    """Adaptation curves on test tasks, and validation over meta-iterations, of each measure's first."""
+    from matplotlib.figure import Figure
+
+    measure = next(iter(groups[0].results[0]["mean"]))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for group in groups:
+        if measure in group.results[0]["mean"]:
+            mean, half = group.curve(measure)
+            (line,) = left.plot(mean, label=group.label)
+            left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, color=line.get_color())
+        for lines in group.validation:
+            right.plot([v["iteration"] for v in lines], [v["curve"][measure][-1] for v in lines if measure in v["curve"]],
+                       color=line.get_color(), alpha=0.7)  # fmt: skip
+    name = measure.replace("_", " ", 1)
+    left.set(xlabel="inner steps", ylabel=f"test {name} (95 % CI)")
+    right.set(xlabel="meta-iterations", ylabel=f"validation {name}, last inner step")
+    left.legend(fontsize="small")
+    figure.savefig(out, dpi=110)
+
+
+def _group(members: list[Path], run: config.Run) -> Group:
+    label = members[0].name if len(members) == 1 else f"{members[0].parent.name} ({len(members)} seeds)"
+    if len(members) == 1 and label.startswith("seed-"):
+        label = f"{members[0].parent.name}/{label}"
+    lines = [[json.loads(line) for line in (m / "metrics.jsonl").read_text().splitlines()] for m in members]
+    return Group(
+        label, run, [json.loads((m / "evaluation.json").read_text()) for m in members],
+        [[line for line in run_lines if line["kind"] == "validation"] for run_lines in lines],
+    )  # fmt: skip
+
+
+def _table(groups: list[Group], measure: str) -> Table:
+    table = Table(title=f"test {measure.replace('_', ' ', 1)}: mean ± 95 % CI (over seeds where there are several, else over tasks)")
+    for name in ("run", "seeds", "iterations", "step 0", "step 1", "last step"):
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name != "run")
+    for group in groups:
+        if measure not in group.results[0]["mean"]:
+            continue
+        mean, half = group.curve(measure)
+        cells = [f"{mean[k]:.4f} ± {half[k]:.4f}" for k in (0, min(1, len(mean) - 1), len(mean) - 1)]
+        table.add_row(group.label, str(len(group.results)), str(group.results[0]["iteration"]), *cells)
+    return table

@@ -1,0 +1,120 @@
+"""Small parts that satisfy the interfaces: a pool that misbehaves on order, an outer step of several rounds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from cluster.messages import Contribution, Event, Failure
+from cluster.pool import LocalPool
+from cluster.worker import Recipe
+from learners import tree
+from learners.base import Data, Learner, Meta, Objective, Params, Reduce, Share, Verb, Verbs, unpack
+from learners.maml import MAML
+from tests.quadratics import Quadratic, QuadraticTasks
+
+
+class ScriptedPool(LocalPool):
+    """A LocalPool whose answers pass through `script(contribution) -> events`."""
+
+    def __init__(self, recipe: Recipe, script: Callable[[Contribution], list[Event]]) -> None:
+        super().__init__(recipe)
+        self.script = script
+
+    def poll(self, timeout: float) -> list[Event]:
+        events: list[Event] = []
+        for event in super().poll(timeout):
+            events += self.script(event) if isinstance(event, Contribution) else [event]
+        return events
+
+
+def shuffled(seed: int) -> Callable[[Contribution], list[Event]]:
+    """A script that holds answers back and lets them out in random order."""
+    rng, held = np.random.default_rng(seed), deque[Event]()
+
+    def script(contribution: Contribution) -> list[Event]:
+        held.append(contribution)
+        if len(held) < 2 and rng.random() < 0.5:
+            return [Failure(contribution.ticket, contribution.attempt, "flaky", "died", "scripted")]
+        out = list(held)
+        held.clear()
+        rng.shuffle(out)
+        return out
+
+    return script
+
+
+@dataclass(frozen=True)
+class Newton:
+    """A toy outer step of several rounds: θ ← θ − (mean B)⁻¹ mean ∇L_Q(θ), solved by conjugate gradient.
+
+    On quadratic tasks without adaptation one step leads to the minimum of the mean query loss, which has a closed form.
+    """
+
+    rounds: int = 3
+
+    def init(self, meta: Meta) -> Params:
+        return {"steps": torch.zeros((), dtype=torch.float64)}
+
+    def verbs(self, learner: Learner, objective: Objective) -> Verbs:
+        def curvature(at: Params, operand: Params, data: Data) -> Share:
+            """B v."""
+            return Share({"theta": data["B"] @ operand["theta"]}, torch.ones((), dtype=torch.float64), {})
+
+        return {"curvature": Verb(curvature, lambda data, rng: learner.draw(data, rng, 1))}
+
+    def step(self, meta: Meta, state: Params, reduce: Reduce) -> tuple[Meta, Params, dict[str, float]]:
+        total, weight, _ = reduce("gradient", None)
+        r = unpack(tree.scale(1 / weight, total)).params
+        p, x, rr = r, tree.zeros_like(r), tree.dot(r, r)
+        for _ in range(self.rounds):
+            total, weight, _ = reduce("curvature", p)
+            bp = tree.scale(1 / weight, total)
+            step = rr / tree.dot(p, bp)
+            x, r = tree.add(x, tree.scale(step, p)), tree.sub(r, tree.scale(step, bp))
+            rr, before = tree.dot(r, r), rr
+            p = tree.add(r, tree.scale(rr / before, p))
+        return Meta(tree.sub(meta.params, x), meta.slots), {"steps": state["steps"] + 1}, {"residual": float(rr)}
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A toy learner that draws randomness and carries a slot: g = ∇L_Q(θ) + noise;  slot ← mean over tasks of (slot/2 + mean noise)."""
+
+    def init(self, params: Params, rng: np.random.Generator) -> Meta:
+        return Meta(params, {"trace": torch.zeros((), dtype=torch.float64)})
+
+    def draw(self, data, rng: np.random.Generator, steps: int):
+        return data | {"noise": rng.normal(size=data["b"].shape)}
+
+    def path(self, meta, objective, data, steps):
+        return MAML(0.0, 1).path(meta, objective, data, steps)
+
+    def adapt(self, meta, objective, data, steps):
+        return MAML(0.0, 1).adapt(meta, objective, data, steps)
+
+    def gradient(self, meta, objective, data):
+        plain = MAML(0.0, 1).gradient(Meta(meta.params, {}), objective, data)
+        return replace_slots(plain, {"theta": plain.grads["theta"] + data["noise"]}, {"trace": meta.slots["trace"] / 2 + data["noise"].mean()})
+
+    def at_test(self):
+        return self
+
+
+def replace_slots(gradient, grads, slots):
+    return gradient._replace(grads=grads, slots=slots)
+
+
+def quadratic_recipe(**changes) -> Recipe:
+    """Three-dimensional random quadratics in float64."""
+    return replace(Recipe(QuadraticTasks(3), MAML(0.05, 1), Quadratic(), dtype="float64", evaluation_steps=2), **changes)
+
+
+def start() -> Params:
+    return {"theta": torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)}
+
+

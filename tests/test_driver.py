@@ -1,0 +1,195 @@
+"""The driver on an in-process pool: learning, exactness of resume, rounds, randomness, slots, faults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster import journal, seeds
+from cluster.checkpoint import Checkpoints
+from cluster.dispatch import RunStopped
+from cluster.driver import Checkpointing, Driver, digest
+from cluster.evaluate import Curves, Evaluation
+from cluster.messages import Contribution, Event, Failure
+from cluster.policies import Synchronous
+from cluster.pool import LocalPool, Pool
+from cluster.worker import Recipe
+from learners.base import Meta
+from learners.outer import Descent
+from tests.fakes import Newton, Noisy, ScriptedPool, quadratic_recipe, shuffled, start
+
+FEW = Evaluation(every=4, validation_tasks=6, tasks=5, steps=2, pictures=0)
+
+
+def run(recipe: Recipe, directory: Path, pool: Pool | None = None, iterations: int = 6, **options) -> Meta:
+    return Driver(recipe, start(), pool or LocalPool(recipe), directory, iterations=iterations, meta_batch=6, shard=2,
+                  evaluation=FEW, **options).run()  # fmt: skip
+
+
+def test_one_newton_step_over_the_pool_reaches_the_closed_form_minimum(tmp_path: Path) -> None:
+    # Multi-round outer step: gradient, then one round per CG iteration with a broadcast operand.
+    recipe = quadratic_recipe(outer=Newton())
+    recipe = replace(recipe, learner=replace(recipe.learner, inner_lr=0.0))
+    meta = run(recipe, tmp_path, iterations=1)
+    tasks = [recipe.tasks.sample("train", seeds.generator(0, "train", i, "task")) for i in range(6)]
+    minimum = np.linalg.solve(sum(t["B"] for t in tasks), sum(t["B"] @ t["b"] for t in tasks))
+    np.testing.assert_allclose(meta.params["theta"].numpy(), minimum, rtol=1e-9)
+
+
+def test_randomness_and_slots_belong_to_the_tasks(tmp_path: Path) -> None:
+    recipe = quadratic_recipe(learner=Noisy(), outer=Descent(optimizer="sgd", lr=0.1))
+    meta = run(recipe, tmp_path, iterations=2)
+    theta, trace = start()["theta"].numpy(), 0.0
+    for iteration in range(2):
+        indices = range(6 * iteration, 6 * iteration + 6)
+        tasks = [recipe.tasks.sample("train", seeds.generator(0, "train", i, "task")) for i in indices]
+        noise = [seeds.generator(0, "train", i, "draw").normal(size=3) for i in indices]
+        theta = theta - 0.1 * np.mean([t["B"] @ (theta - t["b"]) + n for t, n in zip(tasks, noise, strict=True)], 0)
+        trace = np.mean([trace / 2 + n.mean() for n in noise])
+    np.testing.assert_allclose(meta.params["theta"].numpy(), theta, rtol=1e-12)
+    np.testing.assert_allclose(meta.slots["trace"].item(), trace, rtol=1e-12)
+
+
+@pytest.mark.parametrize("outer", [Descent(), Descent(optimizer="sgd", momentum=0.9), Newton(rounds=2)])
+@pytest.mark.parametrize("learner", [quadratic_recipe().learner, Noisy()])
+def test_arrival_order_failures_and_duplicates_do_not_change_a_bit(tmp_path: Path, outer, learner) -> None:
+    recipe = quadratic_recipe(outer=outer, learner=learner)
+    calm = run(recipe, tmp_path / "calm")
+    wild = run(recipe, tmp_path / "wild", ScriptedPool(recipe, shuffled(3)), policy=Synchronous(max_attempts=50))
+    assert digest(calm) == digest(wild)
+
+
+@pytest.mark.parametrize("outer", [Descent(schedule="cosine", horizon=8), Newton(rounds=2)])
+def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_bits(tmp_path: Path, outer) -> None:
+    recipe = quadratic_recipe(outer=outer, learner=Noisy())
+    whole = run(recipe, tmp_path / "whole", iterations=8)
+    for stop in (0, 3, 11, 20):
+        asked = iter(range(10**6))
+        directory = tmp_path / f"stopped-{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, directory, iterations=8, interrupted=lambda asked=asked, stop=stop: next(asked) >= stop)
+        assert digest(run(recipe, directory, iterations=8)) == digest(whole)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["iteration"] for line in lines if line["kind"] == "train"]
+    assert trained == sorted(set(trained)) == list(range(1, 9))
+
+
+def test_the_journal_says_what_was_dispatched_and_applied(tmp_path: Path) -> None:
+    recipe = quadratic_recipe()
+    meta = run(recipe, tmp_path, iterations=3)
+    records = list(journal.read(tmp_path / "journal"))
+    dispatched = [r for r in records if r["kind"] == "dispatch"]
+    applied = [r for r in records if r["kind"] == "apply"]
+    assert [(r["start"], r["stop"]) for r in dispatched] == [(i, i + 2) for i in range(0, 18, 2)]
+    assert [t for r in applied for t in r["tickets"]] == [r["ticket"] for r in dispatched]
+    assert applied[-1]["theta"] == digest(meta)
+    assert Checkpoints(tmp_path / "checkpoints").newest().counts["dispatched"] >= 9
+
+
+def non_finite(start_task: int, how: str):
+    """A script that spoils the shard that begins at a task: always, or only the first time it is asked."""
+    seen: dict[int, int] = {}
+
+    def script(answer: Contribution) -> list[Event]:
+        first_ticket = start_task // 2
+        if answer.ticket != first_ticket:
+            return [answer]
+        seen[answer.ticket] = seen.get(answer.ticket, 0) + 1
+        if how == "once" and seen[answer.ticket] > 1:
+            return [answer]
+        return [replace(answer, vector=np.full_like(answer.vector, np.nan))]
+
+    return script
+
+
+def test_a_shard_that_is_never_finite_is_rejected_and_the_mean_is_over_the_rest(tmp_path: Path) -> None:
+    recipe = quadratic_recipe(outer=Descent(optimizer="sgd", lr=0.1))
+    pool = ScriptedPool(recipe, non_finite(2, "always"))
+    meta = run(recipe, tmp_path, pool, iterations=1, policy=Synchronous(max_rejected=0.5))
+    grads = [
+        recipe.learner.gradient(Meta(start(), {}), recipe.objective, recipe.tensors(recipe.tasks.sample("train", seeds.generator(0, "train", i, "task"))))
+        for i in (0, 1, 4, 5)
+    ]
+    mean = torch.stack([g.grads["theta"] for g in grads]).mean(0)
+    torch.testing.assert_close(meta.params["theta"], start()["theta"] - 0.1 * mean, rtol=1e-12, atol=1e-12)
+    rejected = [r for r in journal.read(tmp_path / "journal") if r["kind"] == "reject"]
+    assert [(r["start"], r["stop"]) for r in rejected] == [(2, 4)]
+
+
+def test_too_many_rejections_stop_the_run_which_can_be_resumed(tmp_path: Path) -> None:
+    recipe = quadratic_recipe()
+    with pytest.raises(RunStopped, match="the run diverges"):
+        run(recipe, tmp_path, ScriptedPool(recipe, non_finite(2, "always")))
+    assert digest(run(recipe, tmp_path)) == digest(run(recipe, tmp_path / "undisturbed"))
+
+
+def test_a_wrong_answer_that_does_not_repeat_counts_as_corruption_and_changes_nothing(tmp_path: Path) -> None:
+    recipe = quadratic_recipe()
+    meta = run(recipe, tmp_path / "bad", ScriptedPool(recipe, non_finite(2, "once")))
+    assert digest(meta) == digest(run(recipe, tmp_path / "good"))
+    assert Checkpoints(tmp_path / "bad" / "checkpoints").newest().counts["corrupted"] == 1
+
+
+def test_a_shard_that_always_fails_stops_the_run_with_its_reason(tmp_path: Path) -> None:
+    recipe = quadratic_recipe()
+
+    def script(answer: Contribution) -> list[Event]:
+        return [Failure(answer.ticket, answer.attempt, "w7", "error", "ValueError: no such file")]
+
+    with pytest.raises(RunStopped, match=r"tasks 0–1 \(train, gradient\) failed 3 times.*w7.*no such file"):
+        run(recipe, tmp_path, ScriptedPool(recipe, script), policy=Synchronous(max_attempts=3))
+
+
+def test_the_best_on_validation_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    recipe = quadratic_recipe(outer=Descent(optimizer="sgd", lr=1.0))  # oscillates: the last is not the best
+    run(recipe, tmp_path, iterations=12)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["iteration"]: line["curve"]["loss"][-1] for line in lines if line["kind"] == "validation"}
+    best = Checkpoints(tmp_path / "checkpoints").best()
+    assert best.iteration == min(scores, key=scores.__getitem__)
+
+
+def test_held_out_tasks_do_not_depend_on_the_runs_seed_nor_on_the_shard(tmp_path: Path) -> None:
+    curves = []
+    for name, seed in (("a", 0), ("b", 1)):
+        recipe = quadratic_recipe(seed=seed, outer=Descent(optimizer="sgd", lr=0.0))
+        run(recipe, tmp_path / name, iterations=1)
+        curves.append(json.loads((tmp_path / name / "evaluation.json").read_text())["mean"])
+    assert curves[0] == curves[1]
+
+
+def test_confidence_intervals_follow_the_field() -> None:
+    rows = {"accuracy": np.array([[0.2, 0.4], [0.4, 0.8], [0.6, 0.6]])}
+    curves = Curves.of(rows)
+    np.testing.assert_allclose(curves.mean["accuracy"], [0.4, 0.6])
+    np.testing.assert_allclose(curves.ci95["accuracy"], [1.96 * 0.2 / np.sqrt(3)] * 2)
+    assert curves.score() == (pytest.approx(0.6), True)
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    recipe = quadratic_recipe()
+    real = Checkpoints.save
+    calls = []
+
+    def save(self: Checkpoints, state):
+        calls.append(state.iteration)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    meta = run(recipe, tmp_path, checkpoint=Checkpointing(seconds=0.0))
+    assert "No space left on device" in caplog.text
+    assert digest(meta) == digest(Checkpoints(tmp_path / "checkpoints").newest().meta)
+
+
+@pytest.mark.parametrize(("batch", "shard"), [(6, 4), (0, 1), (4, 0)])
+def test_a_meta_batch_that_does_not_divide_into_shards_is_refused(tmp_path: Path, batch: int, shard: int) -> None:
+    recipe = quadratic_recipe()
+    with pytest.raises(ValueError, match=f"meta_batch={batch} is not a positive multiple of shard={shard}"):
+        Driver(recipe, start(), LocalPool(recipe), tmp_path, iterations=1, meta_batch=batch, shard=shard)

@@ -68,7 +68,7 @@ class Driver:
         self._facts: dict[str, Any] = {"execution": recipe.execution, "chunk": recipe.chunk, "threads": recipe.threads}
         self._pending: tuple[int, Pending] | None = None
         self._saved_at = time.monotonic()
-        self._workers: dict[str, dict[str, str]] = {}
+        self._workers: dict[str, str] = {}
 
     def run(self) -> Meta:
         """Meta-train to the last iteration, evaluate on test tasks, and return θ.
@@ -208,17 +208,17 @@ class Driver:
         return State(self.iteration, self.meta, self.state, self.ledger.next_ticket, self._lease.attempt, self._best, self.ledger.counts, self._facts)
 
     def _status(self, state: str, *, now: bool = False) -> None:
-        self.monitor.status(state, self.iteration, now=now, attempt=self._lease.attempt, workers=sorted(self._workers),
+        self.monitor.status(state, self.iteration, now=now, attempt=self._lease.attempt, workers=self._workers,
                             counts=self.ledger.counts, best=self._best)  # fmt: skip
 
     def _fleet_event(self, event: FleetEvent) -> None:
         self.journal.write("fleet", event=asdict(event))
         if event.kind == "joined":
-            self._workers[event.worker] = event.detail
+            self._workers[event.worker] = event.where
             self._check_fleet(event)
         else:
             self._workers.pop(event.worker, None)
-            log.warning("worker %s %s: %s", event.worker, event.kind, event.detail.get("reason", ""))
+            log.warning("worker %s (%s) %s: %s", event.worker, event.where, event.kind, event.detail.get("reason", ""))
 
     def _check_fleet(self, event: FleetEvent) -> None:
         """Bits depend on versions and processor features: a fleet where they differ must be allowed explicitly."""

@@ -64,7 +64,10 @@ class FleetEvent:
 
     kind: Literal["joined", "lost", "failed"]
     worker: str
+    where: str
+    """Host and process."""
     detail: dict[str, str]
+    """The environment of one that joined; the reason why one was lost or failed."""
 
 
 Event: TypeAlias = Contribution | Failure | FleetEvent

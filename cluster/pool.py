@@ -7,7 +7,7 @@ from typing import Protocol
 
 from cluster import wire
 from cluster.messages import Assignment, Broadcast, Event, FleetEvent
-from cluster.worker import Recipe, Worker, environment
+from cluster.worker import Recipe, Worker, environment, place
 from learners.base import Params
 
 
@@ -41,7 +41,7 @@ class LocalPool:
         self._values: dict[int, Broadcast] = {}
         self._next = 0
         self._waiting: deque[tuple[Assignment, Broadcast, Broadcast | None]] = deque()
-        self._events: list[Event] = [FleetEvent("joined", "local", environment())]
+        self._events: list[Event] = [FleetEvent("joined", "local", place(), environment())]
 
     def publish(self, value: Params) -> int:
         self._next += 1

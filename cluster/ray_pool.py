@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cluster import ray_fleet, wire
 from cluster.messages import Assignment, Broadcast, Event, Failure, FleetEvent, Vector
 from cluster.policies import Synchronous
-from cluster.worker import Recipe, Worker, environment, missing_files
+from cluster.worker import Recipe, Worker, environment, missing_files, place
 from envs import store
 from learners.base import Params
 
@@ -37,9 +37,9 @@ class _Actor:
         self._recipe, self._name = recipe, name
         self._worker: Worker | None = None
 
-    def hello(self) -> tuple[dict[str, str], tuple[str, ...]]:
-        """This node's environment, and which data files it lacks."""
-        return environment(), missing_files(self._recipe.tasks.files())
+    def hello(self) -> tuple[str, dict[str, str], tuple[str, ...]]:
+        """Where this is, its environment, and which data files its node lacks."""
+        return place(), environment(), missing_files(self._recipe.tasks.files())
 
     def install(self, file: str, content: NDArray[np.uint8]) -> None:
         """Write a data file that the driver sent."""
@@ -57,6 +57,7 @@ class _Remote:
     name: str
     handle: Any
     hello: Any
+    where: str = ""
     ready: bool = False
     tickets: deque[tuple[Assignment, Any]] = field(default_factory=deque)  # in the order they run
     since: float = 0.0
@@ -73,13 +74,18 @@ class RayPool:
     and retries are off: whether work is repeated is the driver's decision.
     """
 
+    environment: ClassVar[dict[str, str]] = {}
+    """Environment variables of the workers, where they should differ from the cluster's."""
+
     def __init__(self, recipe: Recipe, workers: int = 2, *, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
                  address: str = "local", limits: Synchronous | None = None) -> None:  # fmt: skip
         if workers < 1:
             raise ValueError(f"workers={workers}: at least 1 wanted")
         self._limits = limits or Synchronous()
         self._started = ray_fleet.join(address, workers * cpus_per_worker, workers * gpus_per_worker)
-        options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
+        if self.environment:
+            options["runtime_env"] = {"env_vars": self.environment}
         self._class = ray.remote(**options)(_Actor)  # type: ignore[call-overload]
         self._wanted = f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
         self._recipe = ray.put(recipe)
@@ -150,7 +156,7 @@ class RayPool:
                 raise TimeoutError(f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}")
             return
         try:
-            facts, missing = ray.get(actor.hello)
+            actor.where, facts, missing = ray.get(actor.hello)
             for file in missing:
                 content = np.frombuffer((store.data_folder() / file).read_bytes(), np.uint8)
                 ray.get(actor.handle.install.remote(file, content))
@@ -160,7 +166,7 @@ class RayPool:
             self._lose(actor, "died", _cause(error))
         else:
             actor.ready = True
-            self._events.append(FleetEvent("joined", actor.name, facts))
+            self._events.append(FleetEvent("joined", actor.name, actor.where, facts))
 
     def _collect(self, actor: _Remote) -> None:
         while actor.tickets and ray.wait([actor.tickets[0][1]], timeout=0)[0]:
@@ -216,10 +222,7 @@ class RayPool:
         for position, (assignment, _) in enumerate(actor.tickets):
             late = kind == "late" and position == 0
             self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, "late" if late else "died", reason))
-        if actor.ready:
-            self._events.append(FleetEvent("lost", actor.name, {"reason": reason}))
-        else:
-            self._events.append(FleetEvent("failed", actor.name, {"reason": reason}))
+        self._events.append(FleetEvent("lost" if actor.ready else "failed", actor.name, actor.where, {"reason": reason}))
         # The first loss is replaced at once; a row of losses, without an answer in between, ever more slowly.
         pause = min(LONGEST_BACKOFF, 0.5 * 2.0 ** (self._losses - 1)) if self._losses else 0.0
         self._losses += 1

@@ -155,7 +155,7 @@ def status(directory: Path) -> Table:
         "time left": f"{content['eta_s']:.0f} s" if content["state"] == "running" else "",
         "driver": f"process {content['pid']} on {content['host']}, attempt {content['attempt']}",
         "updated": f"{age:.0f} s ago",
-        "workers": ", ".join(content["workers"]),
+        "workers": ", ".join(f"{name} ({where})" for name, where in content["workers"].items()),
         "tickets": ", ".join(f"{v} {k}" for k, v in content["counts"].items() if v),
         "best on validation": ", ".join(f"{k} {v:g}" for k, v in content["best"].items()),
     }

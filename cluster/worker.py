@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -126,6 +128,11 @@ def environment() -> dict[str, str]:
         "machine": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+def place() -> str:
+    """Host and process, for people who look for a worker."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def missing_files(relative: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,0 +1,207 @@
+"""The same bits on any fleet: Ray workers in any number, killed, frozen; the driver killed and resumed elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import assemble, config, journal
+from cluster.checkpoint import Checkpoints
+from cluster.driver import Driver, digest
+from cluster.evaluate import Evaluation
+from cluster.policies import Synchronous
+from cluster.pool import LocalPool
+from learners.base import Meta
+from learners.outer import Descent
+from tests.fakes import Newton, Noisy, quadratic_recipe, start
+
+ray = pytest.importorskip("ray")
+from cluster.ray_pool import RayPool  # noqa: E402 - only where Ray is installed
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+FEW = Evaluation(every=10, validation_tasks=8, tasks=8, steps=2, pictures=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    from cluster import ray_fleet
+
+    owned = ray_fleet.join("local", 3, 0)
+    yield
+    if owned:
+        ray.shutdown()
+
+
+def sinusoid(tmp_path: Path) -> config.Run:
+    run = config.load("sinusoid")
+    return replace(run, iterations=30, meta_batch=16, shard=4, execution="vmap")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """θ of thirty meta-iterations in one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    run = sinusoid(folder)
+    parts, params = assemble.recipe(run)
+    return digest(train(parts, params, LocalPool(parts), folder))
+
+
+def train(parts, params, pool, directory: Path, hook: Callable[[Driver], None] = lambda d: None, **options) -> Meta:
+    holder: list[Driver] = []
+
+    def look() -> bool:
+        hook(holder[0])
+        return False
+
+    driver = Driver(parts, params, pool, directory, iterations=30, meta_batch=16, shard=4, evaluation=FEW, interrupted=look, **options)
+    holder.append(driver)
+    try:
+        return driver.run()
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_gives_the_bits_of_one_process(tmp_path: Path, reference: str, workers: int) -> None:
+    parts, params = assemble.recipe(sinusoid(tmp_path))
+    assert digest(train(parts, params, RayPool(parts, workers), tmp_path)) == reference
+
+
+def joined(directory: Path) -> list[int]:
+    """Process ids of workers in the order they joined."""
+    events = [r["event"] for r in journal.read(directory / "journal") if r["kind"] == "fleet"]
+    return [int(e["where"].rpartition(":")[2]) for e in events if e["kind"] == "joined"]
+
+
+def test_killing_workers_twice_changes_nothing(tmp_path: Path, reference: str) -> None:
+    killed: list[int] = []
+
+    def kill(driver: Driver) -> None:
+        alive = [p for p in joined(tmp_path) if p not in killed]
+        if len(killed) < 2 and driver.iteration >= 5 + 10 * len(killed) and alive:
+            killed.append(alive[0])
+            os.kill(alive[0], signal.SIGKILL)
+
+    parts, params = assemble.recipe(sinusoid(tmp_path))
+    assert digest(train(parts, params, RayPool(parts, 2), tmp_path, kill)) == reference
+    assert len(killed) == 2
+    assert len(joined(tmp_path)) >= 3
+
+
+def test_a_frozen_worker_is_replaced_after_its_deadline(tmp_path: Path, reference: str) -> None:
+    frozen: list[int] = []
+
+    def freeze(driver: Driver) -> None:
+        if not frozen and driver.iteration >= 5:
+            frozen.append(joined(tmp_path)[0])
+            os.kill(frozen[0], signal.SIGSTOP)
+
+    parts, params = assemble.recipe(sinusoid(tmp_path))
+    limits = Synchronous(deadline_floor=1.0, deadline_factor=5.0, deadline_first=30.0)
+    began = time.monotonic()
+    assert digest(train(parts, params, RayPool(parts, 2, limits=limits), tmp_path, freeze, policy=limits)) == reference
+    assert frozen
+    assert time.monotonic() - began < 40
+    assert Checkpoints(tmp_path / "checkpoints").newest().counts["retried"] >= 1
+    assert gone(frozen[0], 15), "the frozen process is still there"
+
+
+def gone(pid: int, seconds: float) -> bool:
+    """Whether a process ends (or is a zombie) within some time."""
+    for _ in range(int(seconds * 10)):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_several_rounds_with_operands_give_the_same_bits_on_ray(tmp_path: Path) -> None:
+    recipe = quadratic_recipe(outer=Newton(rounds=2), learner=Noisy())
+    bits = []
+    for name, pool in (("local", LocalPool(recipe)), ("ray", RayPool(recipe, 2))):
+        try:
+            driver = Driver(recipe, start(), pool, tmp_path / name, iterations=4, meta_batch=8, shard=2, evaluation=FEW)
+            bits.append(digest(driver.run()))
+        finally:
+            pool.close()
+    assert bits[0] == bits[1]
+
+
+def test_a_killed_driver_resumes_on_another_number_of_workers(tmp_path: Path) -> None:
+    whole = [sys.executable, "-m", "cluster.cli", "train", "sinusoid", "--iterations", "120", "--meta-batch", "16", "--shard", "4",
+             "--evaluation.pictures", "0", "--evaluation.tasks", "8", "--evaluation.validation-tasks", "8", "--checkpoint.seconds", "0"]  # fmt: skip
+    subprocess.run([*whole, "--pool", "local", "--dir", str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
+    directory = tmp_path / "killed"
+    with subprocess.Popen([*whole, "--workers", "1", "--dir", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        waited = 0.0
+        while not list((directory / "checkpoints").glob("00000000[2-9]*.ckpt")) and waited < 60:
+            time.sleep(0.02)
+            waited += 0.02
+            assert driver.poll() is None, "the driver ended before it could be killed"
+        workers = joined(directory)
+        driver.send_signal(signal.SIGKILL)
+    assert all(gone(pid, 20) for pid in workers), "workers outlived their driver"
+    stopped = Checkpoints(directory / "checkpoints").newest().iteration
+    assert 20 <= stopped < 120
+    subprocess.run([sys.executable, "-m", "cluster.cli", "resume", str(directory), "--workers", "3"], check=True, capture_output=True, timeout=120)
+    ends = [Checkpoints(tmp_path / name / "checkpoints").newest() for name in ("whole", "killed")]
+    assert ends[1].attempt == 2
+    assert digest(ends[0].meta) == digest(ends[1].meta)
+
+
+def test_a_node_without_the_data_gets_it_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from envs import store
+    from envs.glyphs import Glyphs
+    from envs.images import Episodes
+
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    monkeypatch.setenv("METAFLEET_DATA", str(mine))
+    tasks = Episodes(Glyphs(characters=30, drawings=8), queries=2, test_queries=2)
+    tasks.prepare()
+    run = replace(config.load("glyphs"), task=tasks, execution="loop")
+    parts, params = assemble.recipe(run)
+    monkeypatch.setattr(RayPool, "environment", {"METAFLEET_DATA": str(theirs)})
+    pool = RayPool(parts, 1)
+    try:
+        driver = Driver(parts, params, pool, tmp_path / "run", iterations=2, meta_batch=4, shard=2, evaluation=FEW)
+        remote = digest(driver.run())
+    finally:
+        pool.close()
+    for file in tasks.files():
+        assert (theirs / file).read_bytes() == (store.data_folder() / file).read_bytes()
+    local = Driver(parts, params, LocalPool(parts), tmp_path / "local", iterations=2, meta_batch=4, shard=2, evaluation=FEW)
+    assert digest(local.run()) == remote
+
+
+def test_a_worker_whose_code_raises_says_what(tmp_path: Path) -> None:
+    recipe = quadratic_recipe(outer=Descent(), learner=Noisy())
+    pool = RayPool(recipe, 1)
+    try:
+        driver = Driver(recipe, {"wrong": torch.zeros(3)}, pool, tmp_path, iterations=1, meta_batch=2, shard=2, evaluation=FEW)
+        with pytest.raises(RuntimeError, match=r"failed 5 times.*KeyError: 'theta'"):
+            driver.run()
+    finally:
+        pool.close()
+
+
+def test_a_dead_address_is_one_clear_sentence(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "train", "sinusoid", "--address", "127.0.0.1:1", "--dir", str(tmp_path / "x")],
+        capture_output=True, text=True, timeout=60, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "no Ray cluster answers at address='127.0.0.1:1'" in result.stderr
+    assert "Traceback" not in result.stderr

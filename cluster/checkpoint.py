@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import torch
 
 from cluster import wire
 from learners.base import Meta, Params, pack, unpack
@@ -78,7 +77,7 @@ def _arrays(params: Params) -> dict[str, object]:
 
 
 def _tensors(packed: dict[str, Any]) -> Params:
-    return {k: torch.from_numpy(wire.unpack_array(v).copy()) for k, v in packed.items()}
+    return {k: wire.owned(wire.unpack_array(v)) for k, v in packed.items()}
 
 
 def write_atomically(path: Path, content: bytes) -> None:

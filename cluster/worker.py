@@ -56,7 +56,7 @@ class Recipe:
 
     def tensors(self, arrays: Arrays) -> Data:
         """Arrays as tensors on the run's device, floating ones in the run's dtype."""
-        data = {k: torch.from_numpy(v) for k, v in arrays.items()}
+        data = {k: wire.owned(v) for k, v in arrays.items()}
         dtype = getattr(torch, self.dtype)
         return {k: v.to(self.device, dtype if v.is_floating_point() else v.dtype) for k, v in data.items()}
 

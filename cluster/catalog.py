@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.policies import Synchronous
-from envs.base import TaskDistribution
+from envs.base import TaskFamily
 from envs.glyphs import Glyphs
 from envs.image_folder import ImageFolder
 from envs.images import Episodes, ImageSource
@@ -23,7 +23,7 @@ OUTERS: dict[str, type] = {"descent": Descent}
 POLICIES: dict[str, type] = {"synchronous": Synchronous}
 
 CHOICES: dict[str, dict[str, type]] = {
-    TaskDistribution.__name__: TASKS,
+    TaskFamily.__name__: TASKS,
     ImageSource.__name__: SOURCES,
     ModelSpec.__name__: MODELS,
     Learner.__name__: LEARNERS,

@@ -138,6 +138,7 @@ class Evaluate:
 
 
 def evaluate(words: list[str]) -> None:
+    """Adaptation curves of a run on held-out tasks."""
     from cluster import session
 
     o = _parsed("evaluate", Evaluate, words)
@@ -159,6 +160,7 @@ class Compare:
 
 
 def compare(words: list[str]) -> None:
+    """Table and plot of several runs."""
     from cluster import comparison
 
     o = _parsed("compare", Compare, words)
@@ -182,6 +184,7 @@ class Export:
 
 
 def export(words: list[str]) -> None:
+    """θ as safetensors."""
     from cluster import session
 
     o = _parsed("export", Export, words)
@@ -198,6 +201,7 @@ class Status:
 
 
 def status(words: list[str]) -> None:
+    """What a run is doing."""
     from cluster import session
 
     o = _parsed("status", Status, words)
@@ -246,9 +250,11 @@ def _configured(command: str, words: list[str], options: type[T], description: s
     overrides, rest = _choices(rest)
     run = config.load(name or "sinusoid", overrides)
     if not name and not any(w in ("-h", "--help") for w in rest):
-        raise ValueError(f"metafleet {command} wants a {shown} first, for example: metafleet {command} {'sinusoid' if shown == 'RUN' else 'runs/mine'}")
+        raise ValueError(
+            f"metafleet {command} wants a {shown} first, for example: metafleet {command} {'sinusoid' if shown == 'RUN' else 'runs/mine'}"
+        )
     narrow = _narrowed(run)
-    flags = dataclass(frozen=True)(type("Flags", (options, type(narrow)), {"__annotations__": {}}))
+    flags: Any = dataclass(frozen=True)(type("Flags", (options, type(narrow)), {"__annotations__": {}}))
     default = flags(**_values(options()), **_values(narrow))
     parsed = tyro.cli(flags, args=rest, default=default, prog=f"metafleet {command} {name or shown}", description=description)
     values = _values(parsed)
@@ -267,7 +273,7 @@ def _narrowed(value: Any) -> Any:
     cls = type(value)
     declared = {name: type(child) for name, child in inner.items()}
     body = {"__annotations__": declared, "__doc__": cls.__doc__, "__post_init__": lambda self: None, "of": cls}
-    narrow = dataclass(frozen=True)(type(cls.__name__, (cls,), body | inner))
+    narrow: Any = dataclass(frozen=True)(type(cls.__name__, (cls,), body | inner))
     return narrow(**(_values(value) | inner))
 
 
@@ -279,7 +285,7 @@ def _plain(value: Any) -> Any:
     """Back from narrowed classes to the real ones."""
     if not dataclasses.is_dataclass(value):
         return value
-    cls = getattr(type(value), "of", type(value))
+    cls: Any = getattr(type(value), "of", type(value))
     return cls(**{name: _plain(child) for name, child in _values(value).items()})
 
 
@@ -312,7 +318,9 @@ def _one_place() -> None:
 
     homes = {str(Path(m.__path__[0]).parent) for m in (envs, learners)} | {str(Path(__file__).parents[1])}
     if len(homes) > 1:
-        raise RuntimeError(f"the packages cluster, learners and envs come from different places ({', '.join(sorted(homes))}); start from another folder")
+        raise RuntimeError(
+            f"the packages cluster, learners and envs come from different places ({', '.join(sorted(homes))}); start from another folder"
+        )
 
 
 def _sentence(error: Exception) -> str:

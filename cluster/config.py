@@ -17,7 +17,7 @@ from cluster.catalog import CHOICES
 from cluster.driver import Checkpointing
 from cluster.evaluate import Evaluation
 from cluster.policies import Synchronous
-from envs.base import TaskDistribution
+from envs.base import TaskFamily
 from envs.sinusoid import Sinusoid
 from learners.base import Learner, Outer
 from learners.maml import MAML
@@ -32,7 +32,17 @@ Policy: TypeAlias = Synchronous
 NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""
 
-RESUMABLE = ("iterations", "workers", "pool", "address", "cpus_per_worker", "gpus_per_worker", "allow_mixed_fleet", "checkpoint", "evaluation")
+RESUMABLE = (
+    "iterations",
+    "workers",
+    "pool",
+    "address",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "allow_mixed_fleet",
+    "checkpoint",
+    "evaluation",
+)
 """Keys that may change when a run goes on: they do not enter its numbers."""
 
 
@@ -52,7 +62,7 @@ class ObjectiveKeys:
 class Run:
     """One meta-training run."""
 
-    task: TaskDistribution = field(default_factory=Sinusoid)
+    task: TaskFamily = field(default_factory=Sinusoid)
     """What there is to learn."""
     model: ModelSpec = field(default_factory=MLP)
     """What adapts."""
@@ -117,7 +127,8 @@ def load(name: str, overrides: dict[str, str] | None = None) -> Run:
     table = read(name)
     for path, choice in (overrides or {}).items():
         _choose(table, path.split("."), choice)
-    return from_table(Run, table)
+    run: Run = from_table(Run, table)
+    return run
 
 
 def read(name: str) -> Table:
@@ -142,7 +153,9 @@ def find(name: str) -> Path:
         return Path(name)
     path = PRESETS / f"{name}.toml"
     if not path.exists():
-        raise ValueError(f"RUN={name!r} is neither a preset nor a .toml file{_nearest(name, presets()) or '; `metafleet list` shows the presets'}")
+        raise ValueError(
+            f"RUN={name!r} is neither a preset nor a .toml file{_nearest(name, presets()) or '; `metafleet list` shows the presets'}"
+        )
     return path
 
 
@@ -162,7 +175,9 @@ def from_table(cls: Any, table: Table, path: str = "") -> Any:
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}{error}" if path and isinstance(error, ValueError) else str(error).replace(f"{cls.__name__}.__init__() ", path)) from error
+        raise ValueError(
+            f"{path}{error}" if path and isinstance(error, ValueError) else str(error).replace(f"{cls.__name__}.__init__() ", path)
+        ) from error
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

@@ -164,7 +164,9 @@ class Dispatcher:
             self._reject(ticket)
         else:
             self._corrupted(answer)
-            self._retry(Failure(ticket, self.ledger.open[ticket].attempt, answer.worker, "error", "numbers that are not finite, and differ"))
+            self._retry(
+                Failure(ticket, self.ledger.open[ticket].attempt, answer.worker, "error", "numbers that are not finite, and differ")
+            )
 
     def _corrupted(self, answer: Contribution) -> None:
         self.ledger.counts["corrupted"] += 1

@@ -193,7 +193,9 @@ class Driver:
         self._report(curves, path)
 
     def _report(self, curves: Curves, picture: Path) -> None:
-        self.monitor.console.print(curves.table(f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {self.iteration} meta-iterations"))
+        self.monitor.console.print(
+            curves.table(f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {self.iteration} meta-iterations")
+        )
         if picture.exists():
             self.monitor.message(f"picture:     {picture}")
         self.monitor.message(f"tensorboard: {self.monitor.tensorboard}")
@@ -205,7 +207,9 @@ class Driver:
         self._status(state, now=True)
 
     def _snapshot(self) -> State:
-        return State(self.iteration, self.meta, self.state, self.ledger.next_ticket, self._lease.attempt, self._best, self.ledger.counts, self._facts)
+        return State(
+            self.iteration, self.meta, self.state, self.ledger.next_ticket, self._lease.attempt, self._best, self.ledger.counts, self._facts
+        )
 
     def _status(self, state: str, *, now: bool = False) -> None:
         self.monitor.status(state, self.iteration, now=now, attempt=self._lease.attempt, workers=self._workers,
@@ -225,7 +229,9 @@ class Driver:
         wanted = self._facts.setdefault("environment", event.detail)
         different = [f"{k} {v!r} instead of {wanted.get(k)!r}" for k, v in event.detail.items() if wanted.get(k) != v]
         if different and not self._allow_mixed_fleet:
-            raise RunStopped(f"worker {event.worker} has {', '.join(different)}: results would depend on who computes what; --allow-mixed-fleet accepts that")
+            raise RunStopped(
+                f"worker {event.worker} has {', '.join(different)}: results would depend on who computes what (--allow-mixed-fleet)"
+            )
 
 
 def digest(meta: Meta) -> str:

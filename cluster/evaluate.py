@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cluster.dispatch import Dispatcher, Shards
 from cluster.worker import Recipe
-from envs.base import Array, Predict
-from learners.base import Data, Meta, Params, pack
+from envs.base import Array, HasPicture, Predict
+from learners.base import Data, Meta, Objective, Params, pack
 
 HIGHER_IS_BETTER = ("accuracy", "return")
 
@@ -103,7 +103,7 @@ class Pending:
 
 
 @runtime_checkable
-class Predicts(Protocol):
+class Predicts(Objective, Protocol):
     """An objective that can say what its model outputs: what a picture is drawn from."""
 
     def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
@@ -112,13 +112,13 @@ class Predicts(Protocol):
 
 def picture(recipe: Recipe, meta: Meta, path: Path, tasks: int) -> bool:
     """Draw what adaptation does to the first test tasks into a PNG; False where the task or objective has no picture."""
-    objective, draw = recipe.objective.to(recipe.device), getattr(recipe.tasks, "picture", None)
-    if not isinstance(objective, Predicts) or draw is None or not tasks:
+    objective, family = recipe.objective.to(recipe.device), recipe.tasks
+    if not isinstance(objective, Predicts) or not isinstance(family, HasPicture) or not tasks:
         return False
     verb = recipe.verbs(objective)["evaluate"]
     arrays = [recipe.task("test", i, verb) for i in range(tasks)]
     steps = sorted({0, 1, recipe.evaluation_steps})
-    figure = draw(arrays, [_predictor(recipe, objective, meta, recipe.tensors(a), steps) for a in arrays], steps)
+    figure = family.picture(arrays, [_predictor(recipe, objective, meta, recipe.tensors(a), steps) for a in arrays], steps)
     figure.savefig(path, dpi=110)
     return True
 
@@ -133,4 +133,3 @@ def _predictor(recipe: Recipe, objective: Predicts, meta: Meta, data: Data, step
             return [objective.predict(meta.slots | phis[k], data, inputs).cpu().numpy() for k in steps]
 
     return predict
-

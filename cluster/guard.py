@@ -57,7 +57,9 @@ def check(run: Run) -> Verdict:
     direction = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in meta.params.items()}
     direction = tree.scale(1 / tree.norm(direction), direction)
     got = float(tree.dot(grads, direction))
-    claims = {name: sum(claim(learner, objective, meta, t, direction) for t in tasks) for name, claim in CLAIMS.items() if _applies(name, learner)}
+    claims = {
+        name: sum(claim(learner, objective, meta, t, direction) for t in tasks) for name, claim in CLAIMS.items() if _applies(name, learner)
+    }
     errors = {name: abs(got - wanted) / max(abs(wanted), 1e-12) for name, wanted in claims.items()}
     claimed = _claimed(learner)
     others = "".join(f"; it is {errors[n]:.0e} away from {n}" for n in errors if n != claimed)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from cluster.journal import Journal
 from cluster.messages import Assignment
 
+COUNTS = ("dispatched", "applied", "rejected", "abandoned", "retried", "duplicates", "corrupted")
+
 
 @dataclass
 class Ledger:
@@ -27,7 +29,9 @@ class Ledger:
         self.counts["dispatched" if first else "retried"] += 1
         if assignment.split == "train":
             a = assignment
-            self.journal.write("dispatch", ticket=a.ticket, attempt=a.attempt, verb=a.verb, at=a.at, split=a.split, start=a.start, stop=a.stop)
+            self.journal.write(
+                "dispatch", ticket=a.ticket, attempt=a.attempt, verb=a.verb, at=a.at, split=a.split, start=a.start, stop=a.stop
+            )
 
     def is_open(self, ticket: int) -> bool:
         """Whether an answer to this ticket is still awaited; others are late duplicates."""
@@ -52,6 +56,3 @@ class Ledger:
             self.journal.write("abandon", tickets=sorted(self.open))
         self.counts["abandoned"] += len(self.open)
         self.open.clear()
-
-
-COUNTS = ("dispatched", "applied", "rejected", "abandoned", "retried", "duplicates", "corrupted")

@@ -64,7 +64,12 @@ class Monitor:
 
     def curve(self, iteration: int, split: str, curve: Mapping[str, NDArray[np.float64]]) -> None:
         """An adaptation curve: one value per inner step for each measure; steps 0, 1 and the last go to TensorBoard."""
-        flat = {f"{split}/{name}_step{k}": float(values[k]) for name, values in curve.items() for k in sorted({0, 1, len(values) - 1}) if k < len(values)}
+        flat = {
+            f"{split}/{name}_step{k}": float(values[k])
+            for name, values in curve.items()
+            for k in sorted({0, 1, len(values) - 1})
+            if k < len(values)
+        }
         self.last |= flat
         self._write(iteration, split, flat, {name: [float(v) for v in values] for name, values in curve.items()})
 
@@ -78,7 +83,7 @@ class Monitor:
     def hparams(self, config: Mapping[str, object], results: Mapping[str, float]) -> None:
         """The configuration beside the final results, for TensorBoard's HPARAMS page."""
         simple = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in config.items()}
-        self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")  # type: ignore[no-untyped-call]
+        self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")
 
     def message(self, text: str) -> None:
         """A line for whoever watches."""
@@ -102,11 +107,11 @@ class Monitor:
         if self._bar:
             self._bar.stop()
         self._jsonl.close()
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
     def _write(self, iteration: int, kind: str, scalars: Mapping[str, float], curve: Mapping[str, list[float]] | None = None) -> None:
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, iteration)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(tag, value, iteration)
         line: dict[str, object] = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars}
         if curve:
             line["curve"] = curve

@@ -40,14 +40,20 @@ def join(address: str, cpus: float, gpus: float) -> bool:
 
 def resources() -> dict[str, float]:
     """What the cluster has in all."""
-    return {k: float(v) for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return {k: v for k, v in found.items() if k in ("CPU", "GPU")}
 
 
 def _start(cpus: float, gpus: float) -> None:
     # The raylet's own lines (autoscaler, dashboards that are off) say nothing to someone who wants to meta-train.
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
-    gpu = {"num_gpus": math.ceil(gpus)} if gpus else {}
-    ray.init(address="local", num_cpus=max(1, math.ceil(cpus)), include_dashboard=False, logging_level=logging.ERROR, **gpu)
+    ray.init(
+        address="local",
+        num_cpus=max(1, math.ceil(cpus)),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        num_gpus=math.ceil(gpus) or None,
+    )
 
 
 def _check(address: str) -> None:

@@ -39,7 +39,7 @@ class _Actor:
 
     def hello(self) -> tuple[str, dict[str, str], tuple[str, ...]]:
         """Where this is, its environment, and which data files its node lacks."""
-        return place(), environment(), missing_files(self._recipe.tasks.files())
+        return place(), environment(), missing_files(self._recipe.tasks)
 
     def install(self, file: str, content: NDArray[np.uint8]) -> None:
         """Write a data file that the driver sent."""
@@ -86,10 +86,9 @@ class RayPool:
         options: dict[str, Any] = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
         if self.environment:
             options["runtime_env"] = {"env_vars": self.environment}
-        self._class = ray.remote(**options)(_Actor)  # type: ignore[call-overload]
+        self._class: Any = ray.remote(**options)(_Actor)
         self._wanted = f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
         self._recipe = ray.put(recipe)
-        self._files = recipe.tasks.files()
         self._values: dict[int, Any] = {}
         self._last_handle = self._last_name = 0
         self._actors: list[_Remote] = []
@@ -153,7 +152,9 @@ class RayPool:
         """Take in a new actor once it answers, after sending it the data files that its node lacks."""
         if not ray.wait([actor.hello], timeout=0)[0]:
             if not any(a.ready for a in self._actors) and time.monotonic() - self._begun > START_SECONDS:
-                raise TimeoutError(f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}")
+                raise TimeoutError(
+                    f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}"
+                )
             return
         try:
             actor.where, facts, missing = ray.get(actor.hello)
@@ -255,4 +256,3 @@ def _cause(error: Exception) -> str:
         return f"{type(cause).__name__}: {cause}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-

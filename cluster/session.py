@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from rich.table import Table
 
@@ -102,7 +102,8 @@ def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", ch
     if tasks < 1 or steps < 0:
         raise ValueError(f"tasks={tasks}, steps={steps}: at least 1 task and 0 steps wanted")
     evaluation = replace(run.evaluation, steps=steps, norms=norms or run.evaluation.norms)
-    run = replace(run, pool=pool or run.pool, workers=workers or run.workers, evaluation=evaluation)
+    run = replace(run, workers=workers or run.workers, evaluation=evaluation)
+    run = replace(run, pool=cast(Literal["ray", "local"], pool)) if pool else run
     state = chosen(directory, checkpoint)
     run.task.prepare()
     parts, _ = assemble.recipe(run)

@@ -17,7 +17,7 @@ import torch
 from cluster import seeds, wire
 from cluster.messages import Assignment, Broadcast, Vector
 from envs import store
-from envs.base import Arrays, TaskDistribution
+from envs.base import Arrays, HasFiles, TaskDistribution
 from learners import kernels, verbs
 from learners.base import Data, Learner, Objective, Outer, Params, Verb
 from learners.execution import Execution, Mode
@@ -135,6 +135,7 @@ def place() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def missing_files(relative: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `relative` that this node's data folder lacks."""
-    return tuple(f for f in relative if not (store.data_folder() / f).exists())
+def missing_files(tasks: TaskDistribution) -> tuple[str, ...]:
+    """Those of the tasks' files that this node's data folder lacks."""
+    files = tasks.files() if isinstance(tasks, HasFiles) else ()
+    return tuple(f for f in files if not (store.data_folder() / f).exists())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,19 @@ SPLITS = ("train", "validation", "test")
 
 
 class TaskDistribution(Protocol):
-    """A family of tasks, described by a frozen dataclass that travels to the workers.
+    """A family of tasks; it travels to the workers, so it must be picklable.
 
     A task is a pure function of (split, generator): `sample` returns every array of it, and all tasks of a split
     have equal keys, shapes and dtypes, so that they stack. Supervised tasks use the keys `support_x`, `support_y`,
     `query_x`, `query_y`; a task without a query set (Reptile's training) leaves the last two out.
     """
+
+    def sample(self, split: str, rng: np.random.Generator) -> Arrays:
+        """One task of `split` ("train", "validation" or "test")."""
+
+
+class TaskFamily(TaskDistribution, Protocol):
+    """A TaskDistribution that a configuration can name: a frozen dataclass that says what model it wants."""
 
     @property
     def kind(self) -> Literal["regression", "classification"]:
@@ -41,14 +48,21 @@ class TaskDistribution(Protocol):
     def prepare(self) -> None:
         """Fetch, check and decode what the tasks are made of. Called once, by the driver; a no-op for most."""
 
-    def files(self) -> tuple[str, ...]:
-        """Prepared files, relative to the data folder, that every worker must be able to map."""
 
-    def sample(self, split: str, rng: np.random.Generator) -> Arrays:
-        """One task of `split` ("train", "validation" or "test")."""
+@runtime_checkable
+class HasFiles(Protocol):
+    """Tasks made of prepared files."""
+
+    def files(self) -> tuple[str, ...]:
+        """The files, relative to the data folder, that every worker must be able to map."""
+
+
+@runtime_checkable
+class HasPicture(Protocol):
+    """Tasks that can show what adaptation does to them."""
 
     def picture(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> Figure:
-        """What adaptation does to each task: `predict[i](x)` gives the outputs of task i after each of `steps`."""
+        """`predict[i](x)` gives the outputs of task i after each of `steps`."""
 
 
 def check_split(split: str) -> None:

@@ -69,7 +69,7 @@ class Glyphs:
         t = np.linspace(0, 1, CURVE)[:, None]
         bernstein = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])  # [CURVE, 4]
         points = (bernstein @ control).reshape(-1, 2)
-        return (points - 0.5) @ turn.T + 0.5 + shift
+        return np.asarray((points - 0.5) @ turn.T + 0.5 + shift)
 
 
 def _raster(points: NDArray[np.float64], size: int, pen: float = 0.035) -> NDArray[np.uint8]:

@@ -110,17 +110,19 @@ class Episodes:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 1.1 * self.ways * len(tasks)), layout="constrained")
-        for part, task, outputs in zip(np.atleast_1d(figure.subfigures(len(tasks), 1)), tasks, predict, strict=True):
+        for part, task, outputs in zip(figure.subfigures(len(tasks), 1, squeeze=False)[:, 0], tasks, predict, strict=True):
             guesses = np.stack([o.argmax(-1) for o in outputs(task["query_x"])])  # [steps, queries]
             right = (guesses == task["query_y"]).mean(1)
             named = ", ".join(f"{r:.0%} after {s} step{'s' * (s != 1)}" for s, r in zip(steps, right, strict=True))
-            part.suptitle(f"Held-out task: support image, then queries (frame: green right, red wrong, after {steps[-1]} steps). {named}", fontsize=8)
+            part.suptitle(
+                f"Held-out task: support image, then queries (frame: green right, red wrong, after {steps[-1]} steps). {named}", fontsize=8
+            )
             self._grid(part, task, guesses[-1])
         return figure
 
     def _grid(self, part: Figure, task: Arrays, guesses: Array) -> None:
         shown = min(8, len(task["query_y"]) // self.ways)
-        axes = part.subplots(self.ways, shown + 1, squeeze=False)  # type: ignore[attr-defined]
+        axes = part.subplots(self.ways, shown + 1, squeeze=False)
         for label in range(self.ways):
             support = task["support_x"][task["support_y"] == label][0]
             rows = np.flatnonzero(task["query_y"] == label)[:shown]

@@ -58,9 +58,6 @@ class Sinusoid:
     def prepare(self) -> None:
         """Nothing to fetch."""
 
-    def files(self) -> tuple[str, ...]:
-        return ()
-
     def sample(self, split: str, rng: np.random.Generator) -> Arrays:
         check_split(split)
         k, queries = self.shots, self.queries if split == "train" else self.test_queries

@@ -73,6 +73,9 @@ class Objective(Protocol):
     def track(self, params: Params, data: Data) -> Params:
         """This task's new values of `slots()`; {} where there are none."""
 
+    def to(self, device: str) -> Objective:
+        """The same objective on another device."""
+
 
 class Learner(Protocol):
     """A frozen dataclass: its fields are its hyper-parameters, its defaults the paper's."""

@@ -5,9 +5,9 @@ The three compute the same sum and differ in the last bits. Tasks are added in o
 
 from __future__ import annotations
 
-import shutil
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from learners import kernels
 from learners.base import Data, Params, Share, Sum, VerbFunction
 from learners.derivative import transforms
 
@@ -73,14 +72,14 @@ def _compile(batched: Callable[..., Stacked], backend: str, at: Params, operand:
     # Traced by us into one flat graph, derivatives included, so that the compiler sees neither Python nor autograd.
     with transforms():
         graph = make_fx(batched)(at, operand, data)
-    return torch.compile(graph, backend=backend, fullgraph=True, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(graph, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _added(parts: list[Stacked] | object) -> Sum:
+def _added(parts: Iterable[Stacked]) -> Sum:
     total: Params = {}
     weight = 0.0
     rows: dict[str, list[Tensor]] = {}
-    for part_total, part_weight, part_rows in parts:  # type: ignore[attr-defined]
+    for part_total, part_weight, part_rows in parts:
         # In place on what the first part owns: no one else holds it, and one copy of θ is enough.
         total = {k: total[k].add_(v) for k, v in part_total.items()} if total else {k: v.clone() for k, v in part_total.items()}
         weight += float(part_weight)

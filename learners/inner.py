@@ -37,7 +37,7 @@ def path(
         grads, _ = differentiate(lambda p, step=step: loss(still | p, step), moving, again)  # type: ignore[misc]
         moving, state = optimiser.update(moving, grads, state, lr)
         # In θ's order of names: what depends on the order (flattening, summing norms) must not depend on `adapts`.
-        yield {k: moving[k] if k in moving else v for k, v in theta.items()}
+        yield {k: moving.get(k, v) for k, v in theta.items()}
 
 
 def last(path: Iterator[T]) -> T:

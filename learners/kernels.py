@@ -30,7 +30,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_batch_norm(x, w, b, None, None, True, 0.0, eps)  # type: ignore[no-any-return, attr-defined]
+        return torch.native_batch_norm(x, w, b, None, None, True, 0.0, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -137,8 +137,9 @@ class PatchConv(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.stride, self.padding = conv.stride, conv.padding
-        self.kernel = conv.kernel_size
+        self.stride, self.padding, self.kernel = conv.stride, conv.padding, conv.kernel_size
+        height, width = (int(p) for p in conv.padding)
+        self.pad = (width, width, height, height)
 
     @staticmethod
     def suits(layer: nn.Module) -> bool:
@@ -155,8 +156,8 @@ class PatchConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or transformed():
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        (kh, kw), (ph, pw) = self.kernel, self.padding
-        padded = F.pad(x, (int(pw), int(pw), int(ph), int(ph)))
+        kh, kw = self.kernel
+        padded = F.pad(x, self.pad)
         patches = padded.unfold(2, kh, self.stride[0]).unfold(3, kw, self.stride[1])  # [n, c, h, w, kh, kw]
         n, c, h, w = patches.shape[:4]
         columns = patches.permute(0, 2, 3, 1, 4, 5).reshape(n * h * w, c * kh * kw)

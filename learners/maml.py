@@ -49,9 +49,7 @@ class MAML:
 
     def gradient(self, meta: Meta, objective: Objective, data: Data) -> Gradient:
         grads, loss = differentiate(
-            lambda theta: objective.query(
-                meta.slots | self.adapt(Meta(theta, meta.slots), objective, data, self.inner_steps), data
-            ),
+            lambda theta: objective.query(meta.slots | self.adapt(Meta(theta, meta.slots), objective, data, self.inner_steps), data),
             meta.params,
         )
         slots = meta.slots | objective.track(meta.slots | meta.params, data)

@@ -43,9 +43,7 @@ class Functional:
     def running(self) -> Params:
         """Copies of running means and variances, by name."""
         return {
-            f"{name}.{key}": norm.get_buffer(key).clone()
-            for name, norm in self._norms.items()
-            for key in ("running_mean", "running_var")
+            f"{name}.{key}": norm.get_buffer(key).clone() for name, norm in self._norms.items() for key in ("running_mean", "running_var")
         }
 
     @property
@@ -118,9 +116,13 @@ def functional(module: nn.Module) -> Functional:
     replaced = kernels.specialise(module)
     for name, layer in module.named_modules():
         if isinstance(layer, _RANDOM):
-            raise ValueError(f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its mask in the task's data")
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its mask in the task's data"
+            )
         if isinstance(layer, _STATEFUL) or "SpectralNorm" in type(layer).__name__:
-            raise ValueError(f"layer {name!r} ({type(layer).__name__}) keeps state between calls; an adapted model must be a function of its parameters")
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) keeps state between calls; an adapted model must be a function of its parameters"
+            )
     if replaced:
         log.warning("functional: replaced BatchNorm layers %s by metafleet's (same parameters, explicit modes)", ", ".join(replaced))
     return Functional(module)

@@ -61,11 +61,7 @@ class Supervised:
         modes = self.report or (self.norm,)
         if not self.model.normalises:
             return self._scores(params, data)
-        return {
-            f"{name}_{mode}": value
-            for mode in modes
-            for name, value in replace(self, norm=mode)._scores(params, data).items()
-        }
+        return {f"{name}_{mode}": value for mode in modes for name, value in replace(self, norm=mode)._scores(params, data).items()}
 
     def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
         """Outputs [n, …] of the model adapted to `data`'s support, in this objective's normalisation mode."""
@@ -77,7 +73,7 @@ class Supervised:
         if self.norm == "support_statistics":
             both = torch.cat([context, x])
             return self.model(params, both, Statistics("first", reference=len(context)))[len(context) :]
-        return torch.cat([self._one_by_one(params, context, part) for part in x.split(max(1, ROWS_AT_ONCE // (len(context) + 1)))])
+        return torch.cat([self._one_by_one(params, context, part) for part in torch.split(x, max(1, ROWS_AT_ONCE // (len(context) + 1)))])
 
     def slots(self) -> Params:
         return self.model.running() if self.norm == "frozen" else {}

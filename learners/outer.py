@@ -72,4 +72,3 @@ class Descent:
         if self.optimizer == "adam":
             return Adam(self.beta1, self.beta2, self.eps)
         return SGD(self.momentum)
-

@@ -99,7 +99,9 @@ class Noisy:
 
     def gradient(self, meta, objective, data):
         plain = MAML(0.0, 1).gradient(Meta(meta.params, {}), objective, data)
-        return replace_slots(plain, {"theta": plain.grads["theta"] + data["noise"]}, {"trace": meta.slots["trace"] / 2 + data["noise"].mean()})
+        return replace_slots(
+            plain, {"theta": plain.grads["theta"] + data["noise"]}, {"trace": meta.slots["trace"] / 2 + data["noise"].mean()}
+        )
 
     def at_test(self):
         return self
@@ -116,5 +118,3 @@ def quadratic_recipe(**changes) -> Recipe:
 
 def start() -> Params:
     return {"theta": torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)}
-
-

@@ -59,18 +59,8 @@ def stack(*tasks: Data) -> Data:
 class QuadraticTasks:
     """A task family of random well-conditioned quadratics in n dimensions."""
 
-    kind = "regression"
-    inputs = (1,)
-    outputs = 1
-
     def __init__(self, n: int = 3) -> None:
         self.n = n
-
-    def prepare(self) -> None:
-        pass
-
-    def files(self) -> tuple[str, ...]:
-        return ()
 
     def sample(self, split: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
         def positive() -> np.ndarray:

@@ -30,8 +30,17 @@ def state(iteration: int = 3) -> State:
 
 
 def same(a: State, b: State) -> bool:
-    tensors = [(x, y) for p, q in ((a.meta.params, b.meta.params), (a.meta.slots, b.meta.slots), (a.outer, b.outer)) for x, y in zip(p.values(), q.values(), strict=True)]
-    return all(torch.equal(x, y) for x, y in tensors) and (a.iteration, a.next_ticket, a.best, a.facts) == (b.iteration, b.next_ticket, b.best, b.facts)
+    tensors = [
+        (x, y)
+        for p, q in ((a.meta.params, b.meta.params), (a.meta.slots, b.meta.slots), (a.outer, b.outer))
+        for x, y in zip(p.values(), q.values(), strict=True)
+    ]
+    return all(torch.equal(x, y) for x, y in tensors) and (a.iteration, a.next_ticket, a.best, a.facts) == (
+        b.iteration,
+        b.next_ticket,
+        b.best,
+        b.facts,
+    )
 
 
 def test_a_checkpoint_holds_everything() -> None:

@@ -112,7 +112,9 @@ def test_a_shard_that_is_never_finite_is_rejected_and_the_mean_is_over_the_rest(
     pool = ScriptedPool(recipe, non_finite(2, "always"))
     meta = run(recipe, tmp_path, pool, iterations=1, policy=Synchronous(max_rejected=0.5))
     grads = [
-        recipe.learner.gradient(Meta(start(), {}), recipe.objective, recipe.tensors(recipe.tasks.sample("train", seeds.generator(0, "train", i, "task"))))
+        recipe.learner.gradient(
+            Meta(start(), {}), recipe.objective, recipe.tensors(recipe.tasks.sample("train", seeds.generator(0, "train", i, "task")))
+        )
         for i in (0, 1, 4, 5)
     ]
     mean = torch.stack([g.grads["theta"] for g in grads]).mean(0)

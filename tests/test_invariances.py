@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.aggregate import Tree
-from cluster.wire import decode_sum, encode_sum
 from cluster.messages import Assignment
+from cluster.wire import decode_sum, encode_sum
 from learners.base import Meta, pack
 from learners.execution import Execution
 from learners.maml import MAML

@@ -141,11 +141,13 @@ def test_several_rounds_with_operands_give_the_same_bits_on_ray(tmp_path: Path) 
 
 
 def test_a_killed_driver_resumes_on_another_number_of_workers(tmp_path: Path) -> None:
-    whole = [sys.executable, "-m", "cluster.cli", "train", "sinusoid", "--iterations", "120", "--meta-batch", "16", "--shard", "4",
-             "--evaluation.pictures", "0", "--evaluation.tasks", "8", "--evaluation.validation-tasks", "8", "--checkpoint.seconds", "0"]  # fmt: skip
+    few = "--iterations 120 --meta-batch 16 --shard 4 --evaluation.pictures 0 --evaluation.tasks 8 --evaluation.validation-tasks 8"
+    whole = [sys.executable, "-m", "cluster.cli", "train", "sinusoid", *few.split(), "--checkpoint.seconds", "0"]
     subprocess.run([*whole, "--pool", "local", "--dir", str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
     directory = tmp_path / "killed"
-    with subprocess.Popen([*whole, "--workers", "1", "--dir", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+    with subprocess.Popen(
+        [*whole, "--workers", "1", "--dir", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as driver:
         waited = 0.0
         while not list((directory / "checkpoints").glob("00000000[2-9]*.ckpt")) and waited < 60:
             time.sleep(0.02)
@@ -156,7 +158,9 @@ def test_a_killed_driver_resumes_on_another_number_of_workers(tmp_path: Path) ->
     assert all(gone(pid, 20) for pid in workers), "workers outlived their driver"
     stopped = Checkpoints(directory / "checkpoints").newest().iteration
     assert 20 <= stopped < 120
-    subprocess.run([sys.executable, "-m", "cluster.cli", "resume", str(directory), "--workers", "3"], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "resume", str(directory), "--workers", "3"], check=True, capture_output=True, timeout=120
+    )
     ends = [Checkpoints(tmp_path / name / "checkpoints").newest() for name in ("whole", "killed")]
     assert ends[1].attempt == 2
     assert digest(ends[0].meta) == digest(ends[1].meta)

@@ -79,7 +79,12 @@ def test_torchs_own_normalisation_is_wrong_where_ours_is_right() -> None:
     """MAML with the outer derivative outside of vmap: a nesting in which torch's native normalisation fails silently."""
     torch.manual_seed(6)
     x, q, t = torch.randn(4, 6, 3).double(), torch.randn(4, 6, 3).double(), torch.randn(4, 6, 2).double()
-    theta = {"a": torch.randn(3, 5).double(), "c": torch.randn(5, 2).double(), "weight": torch.ones(5).double(), "bias": torch.zeros(5).double()}
+    theta = {
+        "a": torch.randn(3, 5).double(),
+        "c": torch.randn(5, 2).double(),
+        "weight": torch.ones(5).double(),
+        "bias": torch.zeros(5).double(),
+    }
     layer = functional(nn.BatchNorm1d(5).double())
 
     def ours(v: torch.Tensor, w: Params) -> torch.Tensor:

@@ -1,0 +1,49 @@
+# `make train` on a fresh machine with Python 3.11: creates .venv, installs what constraints.txt pins, trains.
+
+PYTHON ?= python3
+VENV := .venv
+RUN ?= sinusoid
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+BENCH_STAMP := $(VENV)/installed-bench
+
+.PHONY: train test check slow bench lock clean help
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+train: $(STAMP)  ## the main job: RUN=sinusoid ARGS="--iterations 1000"
+	$(BIN)/metafleet train $(RUN) $(ARGS)
+
+test: check  ## what CI runs: style, types, tests (minutes)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: $(STAMP)  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(BENCH_STAMP)  ## every benchmark: ratios, side by side (about half an hour)
+	for b in tests/bench/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+lock: $(STAMP)  ## pin what is installed now
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+
+clean:
+	rm -rf $(VENV)
+
+# torch comes first and by its exact version: asked for by a range, the index's newest would come instead, with
+# gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is wanted, this is {sys.version.split()[0]}; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@

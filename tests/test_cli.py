@@ -1,0 +1,273 @@
+"""The command as people use it: each command's output, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cluster import cli
+from cluster.checkpoint import Checkpoints
+from cluster.driver import digest
+
+SIZE = ["--iterations", "6", "--meta-batch", "8", "--shard", "4"]
+HELD_OUT = ["--evaluation.tasks", "10", "--evaluation.validation-tasks", "8"]
+TINY = [*SIZE, *HELD_OUT, "--execution", "vmap", "--pool", "local"]
+    "--iterations",
+    "6",
+    "--meta-batch",
+    "8",
+    "--shard",
+    "4",
+    "--execution",
+    "vmap",
+    "--pool",
+    "local",
+    "--evaluation.tasks",
+    "10",
+    "--evaluation.validation-tasks",
+    "8",
+]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wrapped lines."""
+    monkeypatch.setattr(cli, "console", Console(width=200))
+
+
+def metafleet(*words: str, expect: int = 0) -> None:
+    """Run a command in this process."""
+    try:
+        cli.main(words)
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code == expect
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run directory."""
+    directory = tmp_path_factory.mktemp("runs") / "first"
+    metafleet("train", "sinusoid", "--dir", str(directory), *TINY)
+    return directory
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The sentence with which a command fails."""
+    metafleet(*words, expect=1)
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text[text.index("error:") :].strip()
+
+
+def test_a_run_directory_holds_what_one_wants_to_see(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir()}
+    assert names >= {
+        "run.toml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "journal",
+        "status.json",
+        "evaluation.json",
+        "adaptation.png",
+    }
+    with Image.open(finished / "adaptation.png") as image:
+        assert image.size[0] > 800
+    results = json.loads((finished / "evaluation.json").read_text())
+    assert results["tasks"] == 10
+    assert len(results["mean"]["mse"]) == len(results["ci95"]["mse"]) == 11
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    assert {"train/query_loss", "validation/mse_step1", "test/mse_step10", "perf/tasks_per_s"} <= set(events.Tags()["scalars"])
+    assert "test/adaptation" in events.Tags()["images"]
+    assert [e.step for e in events.Scalars("train/query_loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_evaluate_export_status_and_compare(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metafleet("evaluate", str(finished), "--tasks", "10", "--steps", "10", "--pool", "local", "--json", str(tmp_path / "e.json"))
+    first = json.loads((finished / "evaluation.json").read_text())
+    again = json.loads((tmp_path / "e.json").read_text())
+    assert again["mean"] == first["mean"]
+    metafleet("export", str(finished), str(tmp_path / "theta.safetensors"))
+    with safe_open(tmp_path / "theta.safetensors", "pt") as file:
+        state = Checkpoints(finished / "checkpoints").newest()
+        assert state is not None
+        assert all(torch.equal(file.get_tensor(k), v) for k, v in state.meta.params.items())
+        assert 'name = "maml"' in file.metadata()["metafleet"]
+    metafleet("status", str(finished))
+    metafleet("train", "sinusoid", "--dir", str(tmp_path / "many"), "--seeds", "2", *TINY, "--learner.order", "1")
+    metafleet("compare", str(finished), str(tmp_path / "many/seed-0"), str(tmp_path / "many/seed-1"), "--out", str(tmp_path / "c.png"))
+    output = capsys.readouterr().out
+    assert "finished" in output
+    assert "many (2 seeds)" in output
+    assert Image.open(tmp_path / "c.png").size[0] > 800
+
+
+def test_list_show_and_every_help_page(capsys: pytest.CaptureFixture[str]) -> None:
+    metafleet("list")
+    output = capsys.readouterr().out
+    assert "omniglot-20way-5shot" in output
+    assert "MAML" in output
+    metafleet("show", "omniglot-5way-1shot", "--learner.inner-lr", "0.25")
+    output = capsys.readouterr().out
+    assert "inner_lr = 0.25" in output
+    assert 'scale = "sum_over_shots"' in output
+    for command in cli.COMMANDS:
+        metafleet(command, "--help")
+        assert "usage: metafleet" in capsys.readouterr().out
+    metafleet("train", "omniglot-5way-1shot", "--help")
+    assert "--task.source.folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "claim"),
+    [
+        (["sinusoid"], "is second order"),
+        (["sinusoid-fomaml"], "is first order"),
+        (["sinusoid-reptile"], "is θ − φ"),
+        (
+            ["glyphs", "--objective.norm", "support_plus_one", "--objective.scale", "sum_over_shots", "--learner.inner-lr", "0.1"],
+            "is second order",
+        ),
+    ],
+)
+def test_check_names_the_gradient(words, claim, capsys: pytest.CaptureFixture[str], data_folder: Path) -> None:
+    metafleet("check", *words, "--execution", "loop")
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.startswith("OK: ")
+    assert claim in output
+
+
+def test_check_finds_a_gradient_that_is_not_what_it_claims(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # The classic mistake, planted: inner gradients that are constants although second order is claimed.
+    from learners import inner
+
+    real = inner.differentiate
+    monkeypatch.setattr(inner, "differentiate", lambda loss, at, again=False: real(loss, at, False))
+    metafleet("check", "sinusoid", "--execution", "loop", expect=1)
+    assert capsys.readouterr().out.startswith("WRONG: ")
+
+
+def test_train_on_an_existing_directory_resumes_the_same_run_and_refuses_another(finished: Path, tmp_path: Path, capsys) -> None:
+    metafleet("train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY)
+    metafleet("train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY[2:], "--iterations", "9")
+    assert Checkpoints(tmp_path / "r" / "checkpoints").newest().iteration == 9
+    text = refusal(capsys, "train", "sinusoid", "--dir", str(finished), *TINY, "--learner.inner-lr", "0.5")
+    assert "learner.inner_lr was 0.01 when this run began and is 0.5 now: it cannot change on resume" in text
+    text = refusal(capsys, "resume", str(finished), "--seed", "3")
+    assert "seed was 0 when this run began and is 3 now" in text
+
+
+def test_a_run_starts_from_the_theta_of_another(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metafleet("train", "sinusoid", "--dir", str(tmp_path / "w"), *TINY, "--init-from", str(finished), "--outer.lr", "0.0")
+    ends = [Checkpoints(d / "checkpoints").newest() for d in (finished, tmp_path / "w")]
+    assert digest(ends[0].meta) == digest(ends[1].meta)
+    text = refusal(capsys, "train", "sinusoid", "--dir", str(tmp_path / "x"), *TINY, "--init-from", str(finished), "--model.hidden", "7")
+    assert "its model has no parameter linear0.weight of shape (7, 1)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["train"], "metafleet train wants a RUN first"),
+        (["train", "sinusid"], "RUN='sinusid' is neither a preset nor a .toml file; did you mean sinusoid?"),
+        (["train", "sinusoid", "--meta-batch", "7"], "meta_batch=7 is not a multiple of shard=50"),
+        (["train", "sinusoid", "--learner.name", "mamal"], "did you mean maml?"),
+        (["train", "miniimagenet-5way-1shot"], "task.source.folder='' does not exist: a folder or a zip of images is wanted"),
+        (["train", "glyphs", "--task.ways", "99", "--pool", "local"], "ways=99 exceeds the"),
+        (["train", "sinusoid", "--seeds", "0"], "seeds=0: at least 1 wanted"),
+        (["resume", "nowhere"], "nowhere is not a run directory: it has no run.toml"),
+        (["evaluate", "nowhere"], "nowhere is not a run directory"),
+        (["status", "nowhere"], "nowhere has no status.json"),
+        (["compare", "nowhere"], "nowhere has no evaluation.json"),
+        (["export", "nowhere", "x"], "nowhere has no checkpoint yet"),
+    ],
+)
+def test_each_mistake_is_one_clear_sentence(words, sentence, capsys, tmp_path: Path, monkeypatch, data_folder: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = refusal(capsys, *words)
+    assert sentence in text
+    assert text.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "hint"), [("--learner.inner-lrr", "3", "--learner.inner-lr"), ("--iterations", "many", "--iterations INT")]
+)
+def test_wrong_flags_name_the_nearest_or_the_type(flag, value, hint, capsys: pytest.CaptureFixture[str]) -> None:
+    metafleet("train", "sinusoid", flag, value, expect=2)
+    output = "".join(capsys.readouterr())
+    assert flag in output
+    assert hint in output
+
+
+def test_an_unknown_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    metafleet("trian", expect=2)
+    assert "no command 'trian'" in capsys.readouterr().err
+    metafleet()
+    assert "metafleet train RUN" in capsys.readouterr().out
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="sinusid"):
+        cli.main(["train", "sinusid", "--debug"])
+
+
+def test_no_permission_is_one_clear_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    text = refusal(capsys, "train", "sinusoid", "--dir", str(tmp_path / "file" / "run"), *TINY)
+    assert "Not a directory" in text
+    (tmp_path / "locked").mkdir(mode=0o500)
+    words = [sys.executable, "-m", "cluster.cli", "train", "sinusoid", "--dir", str(tmp_path / "locked" / "run"), *TINY]
+    other = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}  # root may write anywhere
+    result = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"HOME": "/tmp"}, timeout=60, **other)
+    if "cluster" in result.stderr and "No module" in result.stderr:
+        pytest.skip("user nobody cannot read this checkout or its virtual environment")
+    assert result.returncode == 1
+    assert "Permission denied" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(finished: Path, tmp_path: Path, capsys) -> None:
+    metafleet("train", "sinusoid", "--dir", str(tmp_path / "d"), *TINY, "--checkpoint.seconds", "0")
+    newest = sorted((tmp_path / "d" / "checkpoints").glob("0*.ckpt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-7])
+    capsys.readouterr()
+    metafleet("resume", str(tmp_path / "d"))
+    assert "is cut short" in capsys.readouterr().err
+    ends = [Checkpoints(d / "checkpoints").newest() for d in (finished, tmp_path / "d")]
+    assert digest(ends[0].meta) == digest(ends[1].meta)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_checkpoints_and_exits_with_its_code(tmp_path: Path, number: int, code: int) -> None:
+    words = [sys.executable, "-m", "cluster.cli", "train", "sinusoid", "--pool", "local", "--dir", str(tmp_path / "r")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as run:
+        while not (tmp_path / "r" / "metrics.jsonl").exists() or not (tmp_path / "r" / "metrics.jsonl").read_text():
+            time.sleep(0.05)
+            assert run.poll() is None
+        second = subprocess.run([*words, "--debug"], capture_output=True, text=True, timeout=60)
+        assert "BlockingIOError" in second.stderr
+        assert f"in use by process {run.pid}" in second.stderr
+        run.send_signal(number)
+        began = time.monotonic()
+        _, text = run.communicate(timeout=30)
+    assert run.returncode == code
+    assert time.monotonic() - began < 10
+    assert "stopping after a checkpoint" in text
+    assert "Traceback" not in text
+    assert Checkpoints(tmp_path / "r" / "checkpoints").newest().iteration > 0
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "interrupted"

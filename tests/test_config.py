@@ -1,0 +1,143 @@
+"""Presets, keys and their errors; defaults are the published settings."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster import assemble, config
+from learners.maml import MAML
+from learners.optimisers import Adam
+from learners.outer import Descent
+from learners.reptile import Reptile
+
+
+@pytest.mark.parametrize("name", config.presets())
+def test_every_preset_loads_says_its_source_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    run = config.load(name)
+    table = tomllib.loads(config.find(name).read_text())
+    assert table.get("description")
+    assert table.get("reference") or "extends" in table
+    (tmp_path / "run.toml").write_text(config.to_toml(run, {"environment": {"torch": "x"}}))
+    assert config.load(str(tmp_path / "run.toml")) == run
+    assemble.recipe(replace(run, execution="loop"))  # its model can be built
+
+
+def test_defaults_are_the_papers() -> None:
+    assert MAML() == MAML(inner_lr=0.01, inner_steps=1, order=2, adapts=("*",))
+    assert Reptile() == Reptile(inner_lr=1e-3, inner_steps=5, inner_optimizer="adam", batch=10, test_batch=5)
+    assert Adam() == Adam(0.9, 0.999, 1e-8)
+    assert (Descent().optimizer, Descent().lr) == ("adam", 1e-3)
+
+
+# Finn et al. 2017, Appendix A, and cbfinn/maml; Nichol et al. 2018 and openai/supervised-reptile.
+PUBLISHED = {
+    "sinusoid-maml": {"inner_lr": 0.01, "inner_steps": 1, "meta_batch": 25, "iterations": 70_000, "test_steps": 10},
+    "sinusoid-maml-code": {"inner_lr": 0.001},
+    "omniglot-5way-1shot": {"inner_lr": 0.4, "inner_steps": 1, "meta_batch": 32, "iterations": 60_000, "queries": 1, "test_steps": 3},
+    "omniglot-5way-5shot": {"inner_lr": 0.4, "inner_steps": 1, "meta_batch": 32, "queries": 5},
+    "omniglot-5way-1shot-code": {"train": 1100, "validation": 100, "test_steps": 10},
+    "omniglot-20way-1shot": {"inner_lr": 0.1, "inner_steps": 5, "meta_batch": 16, "queries": 1, "test_steps": 5},
+    "omniglot-20way-5shot": {"inner_lr": 0.1, "inner_steps": 5, "meta_batch": 16, "queries": 5, "test_steps": 5},
+    "miniimagenet-5way-1shot": {
+        "inner_lr": 0.01,
+        "inner_steps": 5,
+        "meta_batch": 4,
+        "queries": 15,
+        "test_steps": 10,
+        "clip": 10.0,
+        "width": 32,
+    },
+    "miniimagenet-5way-5shot": {"meta_batch": 2, "queries": 15},
+    "miniimagenet-5way-5shot-code": {"meta_batch": 4},
+    "omniglot-5way-1shot-reptile": {
+        "inner_lr": 1e-3,
+        "inner_steps": 5,
+        "meta_batch": 5,
+        "iterations": 100_000,
+        "batch": 10,
+        "test_batch": 5,
+        "train_shots": 10,
+    },
+    "omniglot-20way-5shot-reptile": {
+        "inner_lr": 5e-4,
+        "inner_steps": 10,
+        "meta_batch": 5,
+        "iterations": 200_000,
+        "batch": 20,
+        "test_batch": 10,
+    },
+    "miniimagenet-5way-1shot-reptile": {
+        "inner_lr": 1e-3,
+        "inner_steps": 8,
+        "batch": 10,
+        "test_batch": 5,
+        "train_shots": 15,
+        "test_steps": 50,
+    },
+    "miniimagenet-5way-5shot-reptile": {"inner_steps": 8, "batch": 10, "test_batch": 15, "train_shots": 15},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_hold_the_published_numbers(name: str) -> None:
+    run = config.load(name)
+    flat = config.flat(config.to_table(run))
+    where = {
+        "inner_lr": "learner.inner_lr", "inner_steps": "learner.inner_steps", "queries": "task.queries", "clip": "outer.clip_value",
+        "test_steps": "evaluation.steps", "train": "task.source.train", "validation": "task.source.validation", "width": "model.width",
+        "batch": "learner.batch", "test_batch": "learner.test_batch", "train_shots": "task.train_shots",
+    }  # fmt: skip
+    assert {k: flat[where.get(k, k)] for k in PUBLISHED[name]} == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith("omniglot") and "reptile" not in n])
+def test_mamls_published_rates_come_with_the_loss_scale_they_are_for(name: str) -> None:
+    assert config.load(name).objective.scale == "sum_over_shots"
+
+
+def file(tmp_path: Path, text: str) -> str:
+    (tmp_path / "run.toml").write_text(text)
+    return str(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iterashuns = 3", "unknown key iterashuns; did you mean iterations?"),
+        ('[learner]\nname = "maml"\ninner_lrr = 0.1', "unknown key learner.inner_lrr; did you mean learner.inner_lr?"),
+        ('[learner]\nname = "mamal"', "learner.name='mamal' is not one of maml, reptile; did you mean maml?"),
+        ("[learner]\ninner_lr = 0.1", "learner.name=None is not one of maml, reptile"),
+        ('iterations = "many"', "iterations='many': should be a valid integer"),
+        ('[learner]\nname = "maml"\norder = 3', r"learner.order=3: should be 2 or 1"),
+        ("meta_batch = 7\nshard = 2", "meta_batch=7 is not a multiple of shard=2"),
+        ("seed = -1", "seed=-1: a number from 0 on wanted"),
+        ('[task]\nname = "episodes"\nways = 1\n[task.source]\nname = "glyphs"', "task.ways=1: at least 2 wanted"),
+        ("task = 3", "task=3: a table wanted"),
+        ('extends = "sinusid"', "RUN='sinusid' is neither a preset nor a .toml file; did you mean sinusoid?"),
+        ("iterations = ", "is not valid TOML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        config.load(file(tmp_path, text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_extends_merges_keys_and_a_new_choice_starts_afresh(tmp_path: Path) -> None:
+    run = config.load(file(tmp_path, 'extends = "omniglot-5way-1shot"\n[learner]\nname = "reptile"\nbatch = 3\n[task]\nways = 7'))
+    assert run.learner == Reptile(batch=3)
+    assert (run.task.ways, run.task.shots, run.task.source.train) == (7, 1, 1200)
+
+
+def test_only_what_the_numbers_do_not_depend_on_may_change_on_resume() -> None:
+    run = config.load("sinusoid")
+    config.check_resumable(run, replace(run, iterations=9, workers=5, pool="local", evaluation=replace(run.evaluation, tasks=3)))
+    with pytest.raises(ValueError, match=r"learner.inner_lr was 0.01 when this run began and is 0.5 now"):
+        config.check_resumable(run, replace(run, learner=MAML(inner_lr=0.5)))
+    with pytest.raises(ValueError, match=r"learner.name was 'maml' when this run began and is 'reptile' now"):
+        config.check_resumable(run, replace(run, learner=Reptile()))

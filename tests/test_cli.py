@@ -24,21 +24,6 @@ from cluster.driver import digest
 SIZE = ["--iterations", "6", "--meta-batch", "8", "--shard", "4"]
 HELD_OUT = ["--evaluation.tasks", "10", "--evaluation.validation-tasks", "8"]
 TINY = [*SIZE, *HELD_OUT, "--execution", "vmap", "--pool", "local"]
-    "--iterations",
-    "6",
-    "--meta-batch",
-    "8",
-    "--shard",
-    "4",
-    "--execution",
-    "vmap",
-    "--pool",
-    "local",
-    "--evaluation.tasks",
-    "10",
-    "--evaluation.validation-tasks",
-    "8",
-]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +11,9 @@ from numpy.typing import NDArray
 from cluster import wire
 from cluster.messages import Contribution, Layout, Vector
 from learners.base import Sum
+
+Node: TypeAlias = tuple[Vector, float, bool] | None
+"""Total and weight of a subtree, and whether the total is ours to overwrite; None where all of it was rejected."""
 
 
 class Tree:
@@ -21,7 +26,7 @@ class Tree:
     def __init__(self, shards: int) -> None:
         self.shards = shards
         self.layout: Layout | None = None
-        self._nodes: dict[tuple[int, int], tuple[Vector, float] | None] = {}  # (level, position) → sum
+        self._nodes: dict[tuple[int, int], Node] = {}  # (level, position) → sum
         self._rows: dict[int, dict[str, NDArray[np.floating]]] = {}
         self._missing = shards
 
@@ -37,7 +42,7 @@ class Tree:
         elif self.layout != contribution.layout:
             raise ValueError(f"shard {index} answered with other parameters than the shards before it")
         self._rows[index] = contribution.rows
-        self._place(index, (contribution.vector, contribution.weight))
+        self._place(index, (contribution.vector, contribution.weight, False))
 
     def reject(self, index: int) -> None:
         """Go on without shard `index`."""
@@ -51,12 +56,12 @@ class Tree:
         root = self._nodes[level, 0]
         if root is None or self.layout is None:
             raise ValueError(f"all {self.shards} shards were rejected")
-        vector, weight = root
+        vector, weight, _ = root
         order = sorted(self._rows)
         rows = {name: np.concatenate([self._rows[i][name] for i in order]) for name in self._rows[order[0]]}
         return Sum(wire.unflatten(self.layout, vector), weight, {k: torch.from_numpy(v) for k, v in rows.items()})
 
-    def _place(self, index: int, value: tuple[Vector, float] | None) -> None:
+    def _place(self, index: int, value: Node) -> None:
         self._missing -= 1
         level, position = 0, index
         self._nodes[0, index] = value
@@ -73,10 +78,11 @@ class Tree:
         return position << level < self.shards
 
 
-def _plus(left: tuple[Vector, float] | None, right: tuple[Vector, float] | None) -> tuple[Vector, float] | None:
+def _plus(left: Node, right: Node) -> Node:
+    """left + right; into left's memory where that is a sum of ours."""
     if left is None or right is None:
         return left or right
-    return left[0] + right[0], left[1] + right[1]
+    return np.add(left[0], right[0], out=left[0] if left[2] else None), left[1] + right[1], True
 
 
 def is_finite(contribution: Contribution) -> bool:

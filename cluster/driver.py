@@ -68,7 +68,7 @@ class Driver:
         self._facts: dict[str, Any] = {"execution": recipe.execution, "chunk": recipe.chunk, "threads": recipe.threads}
         self._pending: tuple[int, Pending] | None = None
         self._saved_at = time.monotonic()
-        self._workers: dict[str, str] = {}
+        self.workers: dict[str, str] = {}
 
     def run(self) -> Meta:
         """Meta-train to the last iteration, evaluate on test tasks, and return θ.
@@ -152,7 +152,7 @@ class Driver:
         self.meta, self.state = step.meta, step.state
         self.iteration += 1
         self.journal.write("apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta))
-        fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {"fleet/workers": float(len(self._workers))}
+        fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {"fleet/workers": float(len(self.workers))}
         self.monitor.scalars(self.iteration, step.metrics | fleet)
         self._status("running")
 
@@ -212,16 +212,16 @@ class Driver:
         )
 
     def _status(self, state: str, *, now: bool = False) -> None:
-        self.monitor.status(state, self.iteration, now=now, attempt=self._lease.attempt, workers=self._workers,
+        self.monitor.status(state, self.iteration, now=now, attempt=self._lease.attempt, workers=self.workers,
                             counts=self.ledger.counts, best=self._best)  # fmt: skip
 
     def _fleet_event(self, event: FleetEvent) -> None:
         self.journal.write("fleet", event=asdict(event))
         if event.kind == "joined":
-            self._workers[event.worker] = event.where
+            self.workers[event.worker] = event.where
             self._check_fleet(event)
         else:
-            self._workers.pop(event.worker, None)
+            self.workers.pop(event.worker, None)
             log.warning("worker %s (%s) %s: %s", event.worker, event.where, event.kind, event.detail.get("reason", ""))
 
     def _check_fleet(self, event: FleetEvent) -> None:

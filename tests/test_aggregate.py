@@ -31,6 +31,7 @@ def test_the_sum_is_the_fixed_binary_tree_in_any_order_of_arrival(n: int, seed: 
     rng = np.random.default_rng(seed)
     values = (rng.normal(size=(n, 1)) * 10.0 ** rng.integers(-6, 6, (n, 1))).astype(np.float32)
     tree = Tree(n)
+    values.flags.writeable = False  # as a view of shared memory is: contributions are not ours to overwrite
     for i in rng.permutation(n):
         tree.add(int(i), answer(values[i]))
     total = tree.total()
@@ -58,7 +59,9 @@ def test_rejected_shards_leave_the_others_in_their_brackets() -> None:
     for order in permutations(range(5)):
         tree = Tree(5)
         for i in order:
-            tree.reject(i) if i == 1 else tree.add(i, answer(np.array([values[i]])))
+            part = np.array([values[i]])
+            part.flags.writeable = False
+            tree.reject(i) if i == 1 else tree.add(i, answer(part))
         assert tree.total().weight == 4
         assert tree.total().total["x"].item() == (values[0] + (values[2] + values[3])) + values[4]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from dataclasses import replace
@@ -27,8 +28,14 @@ def private(pid: int) -> int:
 
 
 def stored() -> float:
-    """Bytes of objects in Ray's store."""
-    return ray.cluster_resources()["object_store_memory"] - ray.available_resources().get("object_store_memory", 0.0)
+    """MiB of objects in Ray's store (plasma)."""
+    from ray._private.internal_api import memory_summary  # no public function says it
+
+    text = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+    found = re.search(r"Plasma memory usage ([\d.]+) MiB", text)
+    if not found:
+        raise RuntimeError(f"Ray's memory summary has changed: {text[:200]}")
+    return float(found[1])
 
 
 def main() -> None:
@@ -45,7 +52,7 @@ def main() -> None:
     def sample() -> bool:
         if driver.iteration % 250 == 0 and driver.iteration and (not samples or samples[-1]["iteration"] != driver.iteration):
             pids = {"driver": os.getpid()} | {name: int(where.rpartition(":")[2]) for name, where in driver.workers.items()}
-            samples.append({"iteration": driver.iteration} | {n: private(p) / 2**20 for n, p in pids.items()} | {"store": stored() / 2**20})
+            samples.append({"iteration": driver.iteration} | {n: private(p) / 2**20 for n, p in pids.items()} | {"store": stored()})
             print("  ".join(f"{k} {v:.1f}" if k != "iteration" else f"{k} {v:5d}" for k, v in samples[-1].items()), "(MiB)", flush=True)
         return False
 

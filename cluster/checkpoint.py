@@ -197,7 +197,7 @@ class Lease:
             self._stopped.set()
             renewal.join()
             if self._highest() == self.attempt:
-                self._write(0.0)
+                self._try_write(0.0)
 
     def check(self, always: bool = True) -> None:
         """Raise Fenced where a later attempt exists. Without `always`, look at most once a second."""
@@ -226,10 +226,13 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stopped.wait(self.RENEW):
-            try:
-                self._write(time.time())
-            except OSError as error:  # a full disk must not end a run that could still finish
-                log.warning("cannot renew the lease on %s (%s)", self.folder.parent, error)
+            self._try_write(time.time())
+
+    def _try_write(self, renewed: float) -> None:
+        try:
+            self._write(renewed)
+        except OSError as error:  # a full disk must neither end a run that could still finish nor hide why one ended
+            log.warning("cannot renew the lease on %s (%s)", self.folder.parent, error)
 
     def _write(self, renewed: float) -> None:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "renewed": renewed}

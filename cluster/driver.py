@@ -24,11 +24,13 @@ from cluster.messages import FleetEvent
 from cluster.monitor import Monitor
 from cluster.policies import Step, Synchronous
 from cluster.pool import Pool
-from cluster.worker import Recipe, set_up_torch
+from cluster.worker import Recipe, environment, set_up_torch
 from learners import tree
 from learners.base import Meta, Params, pack
 
 log = logging.getLogger("metafleet")
+
+JOURNAL_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,16 @@ class Driver:
         restored = self.checkpoints.newest()
         if restored:
             self.iteration, self.meta, self.state = restored.iteration, restored.meta, restored.outer
-            self._best, self._facts = restored.best, restored.facts | self._facts
+            self._best, self._facts = restored.best, self._facts | restored.facts
             log.info("resuming %s at iteration %d (attempt %d)", self.directory, self.iteration, self._lease.attempt)
         self.journal = Journal(self.directory / "journal", lambda: self._lease.check(always=False))
         self.ledger = Ledger(self.journal, restored.next_ticket if restored else 0)
         if restored:
             self.ledger.counts |= restored.counts
-        self.journal.write("attempt", attempt=self._lease.attempt, iteration=self.iteration, theta=digest(self.meta),
-                           meta_batch=self.meta_batch, shard=self.shard, **self._facts)  # fmt: skip
+        self.journal.write(
+            "attempt", schema=JOURNAL_SCHEMA, attempt=self._lease.attempt, iteration=self.iteration, theta=digest(self.meta),
+            configuration=self._hparams, meta_batch=self.meta_batch, shard=self.shard, driver=environment(), **self._facts,
+        )  # fmt: skip
         self.dispatcher = Dispatcher(
             self.pool, self.ledger, max_attempts=self.policy.max_attempts, max_rejected=self.policy.max_rejected,
             on_event=self._fleet_event, interrupted=self._interrupted,
@@ -226,7 +230,7 @@ class Driver:
 
     def _check_fleet(self, event: FleetEvent) -> None:
         """Bits depend on versions and processor features: a fleet where they differ must be allowed explicitly."""
-        wanted = self._facts.setdefault("environment", event.detail)
+        wanted = self._facts.setdefault("environment", event.detail)  # that of the first worker ever
         different = [f"{k} {v!r} instead of {wanted.get(k)!r}" for k, v in event.detail.items() if wanted.get(k) != v]
         if different and not self._allow_mixed_fleet:
             raise RunStopped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
@@ -26,9 +27,10 @@ class Journal:
 
     def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
         """`check` is called before anything is written and raises if this process no longer owns the run."""
-        self._check = check
+        self._check, self._path = check, path
         end = _usable(path)
-        self._file = open(path, "ab")  # noqa: SIM115 - held for the life of the run
+        # Unbuffered: what a full disk refused must not come back at the next write.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
         if end is not None:
             self._file.truncate(end)
 
@@ -36,8 +38,12 @@ class Journal:
         """Append one record; it survives this process, and the machine once `sync` returned."""
         self._check()
         payload = wire.encode({"kind": kind, **fields})
-        self._file.write(_FRAME.pack(len(payload), zlib.crc32(payload)) + payload)
-        self._file.flush()
+        try:
+            frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+            if self._file.write(frame) < len(frame):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to {self._path} ({error.strerror}); the run stops and can be resumed") from error
 
     def sync(self) -> None:
         """Force everything written so far to the disk."""

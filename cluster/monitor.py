@@ -7,8 +7,10 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +40,10 @@ class Monitor:
         self.every = every or max(1, iterations // 1000)
         self.tensorboard = directory / "tensorboard"
         _truncate(directory / "metrics.jsonl", start)
-        self._jsonl = open(directory / "metrics.jsonl", "a")  # noqa: SIM115 - held for the life of the run
+        self._jsonl = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
         # purge_step from the very first writer on: TensorBoard ignores it where the first one had none.
         self._writer = SummaryWriter(str(self.tensorboard), purge_step=start)
+        self._events_failed = False
         self._window: dict[str, list[float]] = {}
         self._status_at = self._plain_at = 0.0
         self._began, self._start = time.monotonic(), start
@@ -77,13 +80,14 @@ class Monitor:
         """A PNG file, shown in TensorBoard."""
         from PIL import Image
 
-        with Image.open(path) as image:
+        with Image.open(path) as image, self._events():
             self._writer.add_image(tag, np.asarray(image.convert("RGB")), iteration, dataformats="HWC")
 
     def hparams(self, config: Mapping[str, object], results: Mapping[str, float]) -> None:
         """The configuration beside the final results, for TensorBoard's HPARAMS page."""
         simple = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in config.items()}
-        self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")
+        with self._events():
+            self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")
 
     def message(self, text: str) -> None:
         """A line for whoever watches."""
@@ -107,16 +111,30 @@ class Monitor:
         if self._bar:
             self._bar.stop()
         self._jsonl.close()
-        self._writer.close()
+        with self._events():
+            self._writer.close()
 
     def _write(self, iteration: int, kind: str, scalars: Mapping[str, float], curve: Mapping[str, list[float]] | None = None) -> None:
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, iteration)
+        with self._events():
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, iteration)
         line: dict[str, object] = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars}
         if curve:
             line["curve"] = curve
-        self._jsonl.write(json.dumps(line) + "\n")
-        self._jsonl.flush()
+        try:
+            self._jsonl.write(json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            log.warning("cannot write %s (%s)", self._jsonl.name, error.strerror)
+
+    @contextmanager
+    def _events(self) -> Iterator[None]:
+        """Writing events inside; a disk that takes no more is a warning, once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._events_failed:
+                log.warning("TensorBoard's events end here (%s)", error.strerror)
+            self._events_failed = True
 
     def _progress(self, iteration: int) -> None:
         note = "  ".join(f"{t.removeprefix('train/')} {self.last[t]:.4g}" for t in self.last if t.startswith("train/") and "loss" in t)
@@ -139,15 +157,23 @@ def _progress(console: Console) -> Progress:
 
 
 def _truncate(path: Path, start: int) -> None:
-    """Take back lines of iterations after `start`, and a line cut off by a crash."""
+    """Take back lines of iterations after `start`, and lines cut off by a crash or a full disk."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["iteration"] <= start]
-    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+    lines = path.read_text().splitlines()
+    write_atomically(path, "".join(f"{line}\n" for line in lines if _iteration(line) <= start).encode())
+
+
+def _iteration(line: str) -> float:
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def plain_logging() -> None:
-    """Log lines of this program to stderr, as sentences."""
+    """Log lines of this program to stderr, as sentences; also what goes wrong in TensorBoard's writing thread."""
+    threading.excepthook = lambda failed: log.warning("%s: %s", failed.thread.name if failed.thread else "a thread", failed.exc_value)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     log.handlers[:] = [handler]

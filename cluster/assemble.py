@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
 
 import torch
 
@@ -14,7 +15,7 @@ from cluster.worker import Recipe
 from learners import execution
 from learners.base import Params
 from learners.models import Functional, functional
-from learners.objectives import NormMode, Supervised
+from learners.objectives import Supervised
 from learners.verbs import training_steps
 
 
@@ -35,7 +36,7 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
         loss="mse" if run.task.kind == "regression" else "cross_entropy",
         norm=run.objective.norm,
         scale=run.objective.scale,
-        report=cast(tuple[NormMode, ...], run.evaluation.norms),
+        report=run.evaluation.norms,
         momentum=run.objective.momentum,
     )
     parts = Recipe(
@@ -57,7 +58,7 @@ def resolved(run: Run) -> tuple[Run, str]:
         return run, f"execution = {run.execution}, as configured"
     task = run.task.sample("train", seeds.generator(run.seed, "train", 0, "task"))
     x = torch.from_numpy(task.get("query_x", task["support_x"]))
-    mode, why = execution.choose(
+    mode, chunk, why = execution.choose(
         activation_bytes=model(run).widest(x),
         device=run.device,
         inner_steps=training_steps(run.learner),
@@ -65,14 +66,20 @@ def resolved(run: Run) -> tuple[Run, str]:
         calls=run.iterations * (run.meta_batch // run.shard),
         compiler=execution.has_compiler(),
     )
-    return replace(run, execution=mode), why
+    return replace(run, execution=mode, chunk=run.chunk or chunk), why
 
 
-def pool(run: Run, parts: Recipe) -> Pool:
-    """The pool that the run asks for."""
+@contextmanager
+def pool(run: Run, parts: Recipe) -> Iterator[Pool]:
+    """The pool that the run asks for, closed at the end."""
     if run.pool == "local":
-        return LocalPool(parts)
-    from cluster.ray_pool import RayPool  # importing Ray takes its time; local runs do without
+        fleet: Pool = LocalPool(parts)
+    else:
+        from cluster.ray_pool import RayPool  # importing Ray takes its time; local runs do without
 
-    return RayPool(parts, run.workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
-                   address=run.address, limits=run.policy)  # fmt: skip
+        fleet = RayPool(parts, run.workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
+                        address=run.address, limits=run.policy.deadlines)  # fmt: skip
+    try:
+        yield fleet
+    finally:
+        fleet.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.policies import Synchronous
+from cluster.policies import Policy, Synchronous
 from envs.base import TaskFamily
 from envs.glyphs import Glyphs
 from envs.image_folder import ImageFolder
@@ -28,6 +28,6 @@ CHOICES: dict[str, dict[str, type]] = {
     ModelSpec.__name__: MODELS,
     Learner.__name__: LEARNERS,
     Outer.__name__: OUTERS,
-    "Policy": POLICIES,
+    Policy.__name__: POLICIES,
 }
 """For each interface that a configuration key may hold: the classes that can stand there, by the table's `name`."""

@@ -43,14 +43,16 @@ class State:
     """Iteration and validation score of the best θ so far."""
     counts: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    """Execution mode, chunk, versions: what the numbers depend on beside the configuration."""
+    """What the numbers depend on: learner, execution mode, shapes, the first worker's environment …"""
+    evaluation_due: bool = False
+    """Whether the validation of this θ was under way, and has to be begun again."""
 
 
 def encode(state: State) -> bytes:
     """A state as the bytes of a checkpoint file."""
     payload = wire.encode({
         "iteration": state.iteration, "next_ticket": state.next_ticket, "attempt": state.attempt,
-        "best": state.best, "counts": state.counts, "facts": state.facts,
+        "best": state.best, "counts": state.counts, "facts": state.facts, "evaluation_due": state.evaluation_due,
         "meta": _arrays(pack(*state.meta)), "outer": _arrays(state.outer),
     })  # fmt: skip
     return _HEAD.pack(MAGIC, VERSION, len(payload), hashlib.sha256(payload).digest()) + payload

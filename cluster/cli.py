@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if debug:
             raise
         errors.print(f"[bold red]error:[/] {_sentence(error)}", highlight=False, soft_wrap=True)
@@ -100,7 +100,8 @@ def train(words: list[str]) -> None:
         place = directory / f"seed-{seed}" if options.seeds > 1 else directory
         session.train(dataclasses.replace(run, seed=seed), place, init_from=options.init_from, take_over=options.take_over)
     if options.seeds > 1:
-        compare([str(directory / f"seed-{s}") for s in range(run.seed, run.seed + options.seeds)])
+        seeds = [str(directory / f"seed-{s}") for s in range(run.seed, run.seed + options.seeds)]
+        compare([*seeds, "--out", str(directory / "comparison.png")])
 
 
 def resume(words: list[str]) -> None:
@@ -123,11 +124,11 @@ class Evaluate:
     """Held-out tasks."""
     steps: int = 10
     """Inner steps."""
-    split: str = "test"
-    """train, validation or test."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Which tasks."""
     checkpoint: str = "newest"
     """newest, best (on validation), or the iteration of one that is kept."""
-    norms: tuple[str, ...] = ()
+    norms: tuple[Literal["transductive", "support_plus_one", "support_statistics", "frozen"], ...] = ()
     """Normalisation modes to report; empty: as the run does."""
     pool: str = ""
     """local or ray; empty: as the run did."""
@@ -140,13 +141,14 @@ class Evaluate:
 def evaluate(words: list[str]) -> None:
     """Adaptation curves of a run on held-out tasks."""
     from cluster import session
+    from cluster.checkpoint import write_atomically
 
     o = _parsed("evaluate", Evaluate, words)
     run, curves = session.evaluate(o.dir, tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
                                    norms=o.norms, pool=o.pool, workers=o.workers)  # fmt: skip
     console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
     if o.json:
-        o.json.write_text(json.dumps(curves.as_dict(), indent=1))
+        write_atomically(o.json, json.dumps(curves.as_dict(), indent=1).encode())
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,9 @@ def _one_place() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not isinstance(error, ValueError | OSError | RuntimeError):  # nothing that we foresaw
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
     return text.replace("[", r"\[")
 
 

@@ -16,7 +16,7 @@ import tomli_w
 from cluster.catalog import CHOICES
 from cluster.driver import Checkpointing
 from cluster.evaluate import Evaluation
-from cluster.policies import Synchronous
+from cluster.policies import Policy, Synchronous
 from envs.base import TaskFamily
 from envs.sinusoid import Sinusoid
 from learners.base import Learner, Outer
@@ -27,23 +27,15 @@ from learners.outer import Descent
 
 PRESETS = Path(__file__).parent / "presets"
 Table: TypeAlias = dict[str, Any]
-Policy: TypeAlias = Synchronous
 
 NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""
 
 RESUMABLE = (
-    "iterations",
-    "workers",
-    "pool",
-    "address",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "allow_mixed_fleet",
-    "checkpoint",
-    "evaluation",
-)
-"""Keys that may change when a run goes on: they do not enter its numbers."""
+    "iterations", "workers", "pool", "address", "cpus_per_worker", "gpus_per_worker", "allow_mixed_fleet", "checkpoint", "evaluation",
+    "policy.deadlines", "policy.max_attempts",
+)  # fmt: skip
+"""Keys, and tables of keys, that may change when a run goes on: the fleet, and what looks at θ without moving it."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +109,12 @@ class Run:
             raise ValueError(f"meta_batch={self.meta_batch} is not a multiple of shard={self.shard}")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: a number from 0 on wanted")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r}: cpu or cuda wanted")
+        if self.device != "cpu" and self.pool == "ray" and not self.gpus_per_worker:
+            raise ValueError(
+                f"device={self.device!r} with gpus_per_worker=0: on Ray a worker sees the GPUs that it reserves; a share like 0.5 will do"
+            )
 
 
 def load(name: str, overrides: dict[str, str] | None = None) -> Run:
@@ -131,26 +129,30 @@ def load(name: str, overrides: dict[str, str] | None = None) -> Run:
     return run
 
 
-def read(name: str) -> Table:
-    """The raw table of a preset or file, with what it extends merged in."""
-    path = find(name)
+def read(name: str, extending: tuple[Path, ...] = ()) -> Table:
+    """The raw table of a preset or file, with what it extends merged in; a path in `extends` is relative to its file."""
+    path = find(name, extending[-1].parent if extending else Path())
+    if path in extending:
+        raise ValueError(f"{path} extends itself, by way of {', '.join(p.name for p in extending)}")
     try:
         table = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     base = table.pop("extends", None)
-    table = _merged(read(base), table) if base else table
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{path}: extends={base!r}: a preset's name or a path wanted")
+    table = _merged(read(base, (*extending, path)), table) if base else table
     for note in NOTES:
         table.pop(note, None)
     return table
 
 
-def find(name: str) -> Path:
-    """The file of a preset's name or a path."""
+def find(name: str, folder: Path = Path()) -> Path:
+    """The file of a preset's name or of a path, relative to `folder`."""
     if name.endswith(".toml"):
-        if not Path(name).exists():
-            raise ValueError(f"RUN={name}: no such file")
-        return Path(name)
+        if not (folder / name).exists():
+            raise ValueError(f"RUN={folder / name}: no such file")
+        return folder / name
     path = PRESETS / f"{name}.toml"
     if not path.exists():
         raise ValueError(
@@ -172,18 +174,18 @@ def from_table(cls: Any, table: Table, path: str = "") -> Any:
         if key not in fields:
             raise ValueError(f"unknown key {path}{key}{_nearest(key, sorted(fields), path)}")
     values = {key: _value(hints[key], value, f"{path}{key}") for key, value in table.items()}
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    for name in required:
+        if name not in values:
+            raise ValueError(f"{path}{name} is missing")
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path}{error}" if path and isinstance(error, ValueError) else str(error).replace(f"{cls.__name__}.__init__() ", path)
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}{error}") from error
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     choices = CHOICES.get(getattr(hint, "__name__", ""))
-    if choices is None and hint is Policy:
-        choices = CHOICES["Policy"]
     if choices is not None or dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ValueError(f"{path}={value!r}: a table wanted")
@@ -233,7 +235,7 @@ def check_resumable(old: Run, new: Run) -> None:
     """Raise ValueError where `new` differs from `old` in a key that the numbers depend on."""
     before, after = flat(to_table(old)), flat(to_table(new))
     for key in before | after:
-        if before.get(key) != after.get(key) and key.split(".")[0] not in RESUMABLE:
+        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{r}.") for r in RESUMABLE):
             raise ValueError(
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: it cannot change on resume "
                 f"(only {', '.join(RESUMABLE)} can); use another directory for another run"

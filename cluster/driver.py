@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from cluster import evaluate, seeds, wire
-from cluster.checkpoint import Checkpoints, Lease, State
+from cluster import evaluate, policies, seeds, wire
+from cluster.checkpoint import Checkpoints, Fenced, Lease, State, write_atomically
 from cluster.dispatch import Dispatcher, RunStopped, Shards
-from cluster.evaluate import Curves, Evaluation, Pending
-from cluster.journal import Journal
+from cluster.evaluate import Evaluation, Pending
+from cluster.journal import Journal, unfinished
 from cluster.ledger import Ledger
 from cluster.messages import FleetEvent
 from cluster.monitor import Monitor
-from cluster.policies import Step, Synchronous
+from cluster.policies import Policy, Step
 from cluster.pool import Pool
 from cluster.worker import Recipe, environment, set_up_torch
 from learners import tree
@@ -42,54 +43,64 @@ class Checkpointing:
     keep: int = 3
     """How many of the newest to keep, beside the best."""
 
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}: at least 1 wanted")
+
 
 class Driver:
     """Meta-trains θ with a pool, from a run directory that it owns while it runs.
 
     The directory receives metrics, checkpoints, journal and pictures; if it already holds checkpoints of this run,
-    the run goes on from the newest good one. The caller has made sure that it is the same run.
+    the run goes on from the newest good one.
     """
 
     def __init__(self, recipe: Recipe, params: Params, pool: Pool, directory: str | Path, *, iterations: int, meta_batch: int,
-                 shard: int, policy: Synchronous | None = None, checkpoint: Checkpointing | None = None,
-                 evaluation: Evaluation | None = None, allow_mixed_fleet: bool = False, take_over: bool = False,
+                 shard: int, policy: Policy = policies.DEFAULT, checkpoint: Checkpointing | None = None,
+                 evaluation: Evaluation | None = None, allow_mixed_fleet: bool = False, lease: Lease | None = None,
                  hparams: dict[str, object] | None = None, interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
+        """`lease`: one on the directory that the caller holds; without it the driver takes its own."""
         if iterations < 0 or shard < 1 or meta_batch < 1 or meta_batch % shard:
             raise ValueError(f"meta_batch={meta_batch} is not a positive multiple of shard={shard}")
         self.recipe, self.pool, self.directory = recipe, pool, Path(directory)
-        self.iterations, self.meta_batch, self.shard = iterations, meta_batch, shard
-        self.policy = policy or Synchronous()
+        self.iterations, self.meta_batch, self.shard, self.policy = iterations, meta_batch, shard, policy
         self.checkpoint = checkpoint or Checkpointing()
         self.evaluation = evaluation or Evaluation()
-        self._allow_mixed_fleet, self._take_over = allow_mixed_fleet, take_over
+        self._allow_mixed_fleet, self._lease = allow_mixed_fleet, lease
         self._hparams, self._interrupted = hparams or {}, interrupted
         self.checkpoints = Checkpoints(self.directory / "checkpoints", self.checkpoint.keep)
         self.iteration = 0
         self.meta, self.state = self._initial(params)
-        self._best: dict[str, float] = {}
-        self._facts: dict[str, Any] = {"execution": recipe.execution, "chunk": recipe.chunk, "threads": recipe.threads}
-        self._pending: tuple[int, Pending] | None = None
-        self._saved_at = time.monotonic()
         self.workers: dict[str, str] = {}
+        self._best: dict[str, float] = {}
+        self._facts = identity(recipe, self.meta, meta_batch, shard)
+        self._pending: Pending | None = None
+        self._saved_at = time.monotonic()
 
     def run(self) -> Meta:
         """Meta-train to the last iteration, evaluate on test tasks, and return θ.
 
         Raises KeyboardInterrupt when interrupted and RunStopped when it cannot go on, both after a checkpoint;
-        BlockingIOError where another driver owns the directory; Fenced where one took it over meanwhile.
+        ValueError where the directory holds another run; BlockingIOError where another driver owns it; Fenced where
+        one took it over meanwhile; OSError where the journal or the last checkpoint cannot be written.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            self._lease = stack.enter_context(Lease(self.directory).held(self._take_over))
+            self.lease = self._lease or stack.enter_context(Lease(self.directory).held())
             stack.callback(self._open())
             try:
                 while self.iteration < self.iterations:
                     self.iterate()
                 self._collect(wait=True)
-                self.save()
+                self._save_last()
                 self._finish()
             except (KeyboardInterrupt, RunStopped) as stop:
                 self._stop("interrupted" if isinstance(stop, KeyboardInterrupt) else f"stopped: {stop}")
+                raise
+            except Fenced:
+                raise
+            except Exception as error:
+                self._status(f"failed: {error}", now=True)
                 raise
         return self.meta
 
@@ -99,7 +110,7 @@ class Driver:
         step = self.policy.step(self.recipe.outer, self.meta, self.state, self.dispatcher, shards)
         self._apply(step)
         self._collect(wait=False)
-        if self.iteration % self._every() == 0:
+        if self.evaluation.validation_tasks and self.iteration % self._every() == 0:
             self._evaluate()
         if time.monotonic() - self._saved_at > self.checkpoint.seconds:
             self._collect(wait=True)
@@ -107,11 +118,9 @@ class Driver:
 
     def save(self) -> None:
         """Write a checkpoint. A disk that cannot take it is a warning: the last good one stays, and we try again."""
-        self._lease.check()
         self._saved_at = time.monotonic()
         try:
-            self.journal.sync()
-            self.checkpoints.save(self._snapshot())
+            self._save(self._snapshot())
         except OSError as error:
             log.warning("checkpoint at iteration %d not written (%s); the last good one stays, will try again", self.iteration, error)
 
@@ -128,22 +137,26 @@ class Driver:
         """Restore the newest checkpoint, open journal and monitor; returns what closes them."""
         restored = self.checkpoints.newest()
         if restored:
-            self.iteration, self.meta, self.state = restored.iteration, restored.meta, restored.outer
-            self._best, self._facts = restored.best, self._facts | restored.facts
-            log.info("resuming %s at iteration %d (attempt %d)", self.directory, self.iteration, self._lease.attempt)
-        self.journal = Journal(self.directory / "journal", lambda: self._lease.check(always=False))
-        self.ledger = Ledger(self.journal, restored.next_ticket if restored else 0)
+            self._restore(restored)
+        path = self.directory / "journal"
+        tickets, next_ticket = unfinished(path)
+        self.journal = Journal(path, lambda: self.lease.check(always=False))
+        self.ledger = Ledger(self.journal, max(next_ticket, restored.next_ticket if restored else 0))
         if restored:
             self.ledger.counts |= restored.counts
+        if tickets:  # of an attempt that was killed
+            self.journal.write("abandon", tickets=tickets)
         self.journal.write(
-            "attempt", schema=JOURNAL_SCHEMA, attempt=self._lease.attempt, iteration=self.iteration, theta=digest(self.meta),
-            configuration=self._hparams, meta_batch=self.meta_batch, shard=self.shard, driver=environment(), **self._facts,
+            "attempt", schema=JOURNAL_SCHEMA, attempt=self.lease.attempt, iteration=self.iteration, theta=digest(self.meta),
+            configuration=self._hparams, driver=environment(), **self._facts,
         )  # fmt: skip
         self.dispatcher = Dispatcher(
             self.pool, self.ledger, max_attempts=self.policy.max_attempts, max_rejected=self.policy.max_rejected,
             on_event=self._fleet_event, interrupted=self._interrupted,
         )  # fmt: skip
         self.monitor = Monitor(self.directory, self.iteration, self.iterations)
+        if restored and restored.evaluation_due:
+            self._evaluate()
         self._status("running", now=True)
 
         def close() -> None:
@@ -151,6 +164,18 @@ class Driver:
             self.journal.close()
 
         return close
+
+    def _restore(self, state: State) -> None:
+        """Take over a checkpoint, if it is of this run."""
+        for key, wanted in self._facts.items():
+            seen = state.facts.get(key)
+            if seen != wanted:
+                raise ValueError(
+                    f"{self.directory} holds a run with {key} = {seen}, this one has {wanted}: another run needs another directory"
+                )
+        self.iteration, self.meta, self.state, self._best = state.iteration, state.meta, state.outer, state.best
+        self._facts = state.facts
+        log.info("resuming %s at iteration %d (attempt %d)", self.directory, self.iteration, self.lease.attempt)
 
     def _apply(self, step: Step) -> None:
         self.meta, self.state = step.meta, step.state
@@ -164,78 +189,102 @@ class Driver:
         return self.evaluation.every or max(1, self.iterations // 20)
 
     def _evaluate(self) -> None:
+        """Evaluate the present θ on validation tasks, in the background."""
         self._collect(wait=True)
-        pending = Pending(self.dispatcher, self.meta, "validation", self.evaluation.validation_tasks, self.shard)
-        self._pending = self.iteration, pending
+        self._pending = Pending(self.dispatcher, self._snapshot(), "validation", self.evaluation.validation_tasks, self.shard)
 
     def _collect(self, *, wait: bool) -> None:
         """Take in a background evaluation that is done, or wait for it."""
-        if self._pending is None or not (wait or self._pending[1].done):
+        if self._pending is None or not (wait or self._pending.done):
             return
-        iteration, pending = self._pending
-        curves = pending.result()
+        state, curves = self._pending.state, self._pending.result()
         self._pending = None
-        self.monitor.curve(iteration, "validation", curves.mean)
-        score, higher = curves.score()
-        if not self._best or (score > self._best["score"] if higher else score < self._best["score"]):
-            self._best = {"iteration": iteration, "score": score}
+        self.monitor.curve(state.iteration, "validation", curves.mean)
+        if curves.beats(self._best.get("score")):
+            self._best = {"iteration": state.iteration, "score": curves.score()}
             try:
-                self.checkpoints.save_best(replace(self._snapshot(), iteration=iteration, meta=pending.meta))
+                self.lease.check()
+                self.checkpoints.save_best(replace(state, best=self._best))
             except OSError as error:
                 log.warning("best checkpoint not written (%s)", error)
 
     def _finish(self) -> None:
-        curves = Pending(self.dispatcher, self.meta, "test", self.evaluation.tasks, self.shard).result()
+        curves = Pending(self.dispatcher, self._snapshot(), "test", self.evaluation.tasks, self.shard).result()
+        self.lease.check()
         self.monitor.curve(self.iteration, "test", curves.mean)
         results = {"iteration": self.iteration, "seed": self.recipe.seed, **curves.as_dict()}
-        (self.directory / "evaluation.json").write_text(json.dumps(results, indent=1))
-        path = self.directory / "adaptation.png"
-        if evaluate.picture(self.recipe, self.meta, path, self.evaluation.pictures):
-            self.monitor.picture(self.iteration, "test/adaptation", path)
+        write_atomically(self.directory / "evaluation.json", json.dumps(results, indent=1).encode())
+        title = f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {self.iteration} meta-iterations"
+        self.monitor.console.print(curves.table(title, self.recipe.summary()))
+        self._picture()
         self.monitor.hparams(self._hparams, {f"{k}_{i}": float(v[i]) for k, v in curves.mean.items() for i in (0, -1)})
-        self._status("finished", now=True)
-        self._report(curves, path)
-
-    def _report(self, curves: Curves, picture: Path) -> None:
-        self.monitor.console.print(
-            curves.table(f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {self.iteration} meta-iterations")
-        )
-        if picture.exists():
-            self.monitor.message(f"picture:     {picture}")
         self.monitor.message(f"tensorboard: {self.monitor.tensorboard}")
+        self._status("finished", now=True)
+
+    def _picture(self) -> None:
+        path = self.directory / "adaptation.png"
+        try:
+            if evaluate.picture(self.recipe, self.meta, path, self.evaluation.pictures):
+                self.monitor.picture(self.iteration, "test/adaptation", path)
+                self.monitor.message(f"picture:     {path}")
+        except (OSError, ValueError, RuntimeError) as error:
+            log.warning("no picture (%s)", error)
 
     def _stop(self, state: str) -> None:
-        self.dispatcher.abandon()
+        # An evaluation under way cannot be carried over, but the state it began from can: a few iterations are computed again.
+        due = replace(self._pending.state, evaluation_due=True) if self._pending else self._snapshot()
         self._pending = None
-        self.save()
+        self.dispatcher.abandon()
         self._status(state, now=True)
+        self._save_last(due)
+
+    @retry(retry=retry_if_exception_type(OSError), stop=stop_after_attempt(3), wait=wait_fixed(1), reraise=True)
+    def _save_last(self, state: State | None = None) -> None:
+        """Nobody tries again after this one."""
+        self._save(state or self._snapshot())
+
+    def _save(self, state: State) -> None:
+        self.lease.check()
+        self.journal.sync()
+        self.checkpoints.save(state)
 
     def _snapshot(self) -> State:
         return State(
-            self.iteration, self.meta, self.state, self.ledger.next_ticket, self._lease.attempt, self._best, self.ledger.counts, self._facts
-        )
+            self.iteration, self.meta, self.state, next_ticket=self.ledger.next_ticket, attempt=self.lease.attempt,
+            best=self._best, counts=dict(self.ledger.counts), facts=self._facts,
+        )  # fmt: skip
 
     def _status(self, state: str, *, now: bool = False) -> None:
-        self.monitor.status(state, self.iteration, now=now, attempt=self._lease.attempt, workers=self.workers,
+        self.monitor.status(state, self.iteration, now=now, attempt=self.lease.attempt, workers=self.workers,
                             counts=self.ledger.counts, best=self._best)  # fmt: skip
 
     def _fleet_event(self, event: FleetEvent) -> None:
         self.journal.write("fleet", event=asdict(event))
         if event.kind == "joined":
             self.workers[event.worker] = event.where
-            self._check_fleet(event)
+            if not self._allow_mixed_fleet:
+                self._check_equal(event)
         else:
             self.workers.pop(event.worker, None)
             log.warning("worker %s (%s) %s: %s", event.worker, event.where, event.kind, event.detail.get("reason", ""))
 
-    def _check_fleet(self, event: FleetEvent) -> None:
+    def _check_equal(self, event: FleetEvent) -> None:
         """Bits depend on versions and processor features: a fleet where they differ must be allowed explicitly."""
         wanted = self._facts.setdefault("environment", event.detail)  # that of the first worker ever
-        different = [f"{k} {v!r} instead of {wanted.get(k)!r}" for k, v in event.detail.items() if wanted.get(k) != v]
-        if different and not self._allow_mixed_fleet:
-            raise RunStopped(
-                f"worker {event.worker} has {', '.join(different)}: results would depend on who computes what (--allow-mixed-fleet)"
-            )
+        driver = environment() | {"gpu": wanted.get("gpu", "")}  # which adds and steps, on a CPU
+        for who, seen in ((f"worker {event.worker}", event.detail), ("the driver", driver)):
+            different = [f"{k} {v!r} instead of {wanted.get(k)!r}" for k, v in seen.items() if wanted.get(k) != v]
+            if different:
+                raise RunStopped(f"{who} has {', '.join(different)}: results would depend on who computes what (--allow-mixed-fleet)")
+
+
+def identity(recipe: Recipe, meta: Meta, meta_batch: int, shard: int) -> dict[str, Any]:
+    """What makes a run this run, beside the fleet: if any of it differs, so do the numbers."""
+    return {
+        "learner": repr(recipe.learner), "outer": repr(recipe.outer), "seed": recipe.seed, "dtype": recipe.dtype,
+        "meta_batch": meta_batch, "shard": shard, "execution": recipe.execution, "chunk": recipe.chunk, "threads": recipe.threads,
+        "parameters": {k: list(v.shape) for k, v in pack(*meta).items()},
+    }  # fmt: skip
 
 
 def digest(meta: Meta) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import io
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
+from cluster.checkpoint import State, write_atomically
 from cluster.dispatch import Dispatcher, Shards
 from cluster.worker import Recipe
-from envs.base import Array, HasPicture, Predict
+from envs.base import Array, HasPicture, Predict, check_split
 from learners.base import Data, Meta, Objective, Params, pack
+from learners.objectives import NormMode
 
 HIGHER_IS_BETTER = ("accuracy", "return")
 
@@ -27,17 +30,22 @@ class Evaluation:
     every: int = 0
     """Meta-iterations between evaluations on validation tasks; 0: twenty in a run."""
     validation_tasks: int = 100
-    """Tasks of each evaluation on validation."""
+    """Tasks of each evaluation on validation; 0: none."""
     tasks: int = 600
     """Test tasks of the final evaluation."""
     steps: int = 10
     """Inner steps of the adaptation curve."""
-    norms: tuple[str, ...] = ()
+    norms: tuple[NormMode, ...] = ()
     """Normalisation modes to report; empty: the mode of training."""
     seed: int = 0
     """Seed of the held-out tasks, independent of the run's, so that runs compare."""
     pictures: int = 3
     """Test tasks drawn in the final picture; 0: no picture."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("validation_tasks", 0), ("tasks", 1), ("steps", 0), ("seed", 0), ("pictures", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least} wanted")
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,16 @@ class Curves:
         spread = {k: v.std(0, ddof=1) if tasks > 1 else np.zeros(v.shape[1]) for k, v in rows.items()}
         return cls(tasks, {k: v.mean(0) for k, v in rows.items()}, {k: 1.96 * s / np.sqrt(tasks) for k, s in spread.items()})
 
-    def score(self) -> tuple[float, bool]:
-        """(first measure at the last step, whether higher is better): what the best θ is chosen by."""
-        name = next(iter(self.mean))
-        return float(self.mean[name][-1]), name.startswith(HIGHER_IS_BETTER)
+    def score(self) -> float:
+        """The first measure at the last step: what the best θ is chosen by."""
+        return float(next(iter(self.mean.values()))[-1])
+
+    def beats(self, score: float | None) -> bool:
+        """Whether this is finite, and better than an earlier score."""
+        if score is None or not np.isfinite(self.score()):
+            return bool(np.isfinite(self.score()))
+        higher = next(iter(self.mean)).startswith(HIGHER_IS_BETTER)
+        return self.score() > score if higher else self.score() < score
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -68,9 +82,9 @@ class Curves:
             "ci95": {k: v.tolist() for k, v in self.ci95.items()},
         }
 
-    def table(self, title: str) -> Table:
+    def table(self, title: str, caption: str = "") -> Table:
         """One row per inner step."""
-        table = Table(title=title)
+        table = Table(title=title, caption=caption)
         table.add_column("inner steps", justify="right")
         for name in self.mean:
             table.add_column(name.replace("_", " ", 1), justify="right")
@@ -82,10 +96,11 @@ class Curves:
 class Pending:
     """An evaluation under way in the background of a run."""
 
-    def __init__(self, dispatcher: Dispatcher, meta: Meta, split: str, tasks: int, shard: int) -> None:
-        self.meta, self.tasks = meta, tasks
+    def __init__(self, dispatcher: Dispatcher, state: State, split: str, tasks: int, shard: int) -> None:
+        check_split(split)
+        self.state, self.tasks = state, tasks
         self._dispatcher = dispatcher
-        self._at = dispatcher.publish(pack(*meta))
+        self._at = dispatcher.publish(pack(*state.meta))
         # Equal shards throughout: the last one may hold tasks beyond the wanted number, dropped again below.
         shards = Shards(split, 0, -(-tasks // shard), shard)
         self._round = dispatcher.start("evaluate", self._at, None, shards, background=True)
@@ -112,14 +127,17 @@ class Predicts(Objective, Protocol):
 
 def picture(recipe: Recipe, meta: Meta, path: Path, tasks: int) -> bool:
     """Draw what adaptation does to the first test tasks into a PNG; False where the task or objective has no picture."""
-    objective, family = recipe.objective.to(recipe.device), recipe.tasks
+    recipe = replace(recipe, device="cpu")  # the driver's θ is there, and it may have nothing else
+    objective, family = recipe.objective, recipe.tasks
     if not isinstance(objective, Predicts) or not isinstance(family, HasPicture) or not tasks:
         return False
     verb = recipe.verbs(objective)["evaluate"]
     arrays = [recipe.task("test", i, verb) for i in range(tasks)]
-    steps = sorted({0, 1, recipe.evaluation_steps})
+    steps = sorted({0, min(1, recipe.evaluation_steps), recipe.evaluation_steps})
     figure = family.picture(arrays, [_predictor(recipe, objective, meta, recipe.tensors(a), steps) for a in arrays], steps)
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    write_atomically(path, picture.getvalue())
     return True
 
 

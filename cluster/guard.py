@@ -38,7 +38,7 @@ def check(run: Run) -> Verdict:
     for maximum pooling), since differences do not converge across kinks.
     """
     run.task.prepare()
-    run, _ = assemble.resolved(replace(run, dtype="float64"))
+    run, _ = assemble.resolved(replace(run, dtype="float64", device="cpu", pool="local"))
     parts, _ = assemble.recipe(run)
     assert isinstance(parts.objective, Supervised)
     with torch.random.fork_rng(devices=[]):
@@ -58,10 +58,12 @@ def check(run: Run) -> Verdict:
     direction = tree.scale(1 / tree.norm(direction), direction)
     got = float(tree.dot(grads, direction))
     claims = {
-        name: sum(claim(learner, objective, meta, t, direction) for t in tasks) for name, claim in CLAIMS.items() if _applies(name, learner)
+        name: sum(claim(learner, objective, meta, t, direction) for t in tasks)
+        for name, claim in CLAIMS.items()
+        if (name == DELTA) == (learner.claim() == DELTA)
     }
     errors = {name: abs(got - wanted) / max(abs(wanted), 1e-12) for name, wanted in claims.items()}
-    claimed = _claimed(learner)
+    claimed = learner.claim()
     others = "".join(f"; it is {errors[n]:.0e} away from {n}" for n in errors if n != claimed)
     holds = errors[claimed] < TOLERANCE
     sentence = (
@@ -83,6 +85,7 @@ def smooth(module: nn.Module) -> nn.Module:
     return module
 
 
+DELTA = "θ − φ"
 Claim = Callable[[Learner, Objective, Meta, Data, Params], float]
 
 
@@ -109,17 +112,8 @@ def _interpolation(learner: Learner, objective: Objective, meta: Meta, data: Dat
 CLAIMS: dict[str, Claim] = {
     "second order": _second_order,
     "first order": _first_order,
-    "θ − φ": _interpolation,
+    DELTA: _interpolation,
 }
-
-
-def _claimed(learner: Learner) -> str:
-    order = getattr(learner, "order", None)
-    return {2: "second order", 1: "first order"}.get(order, "θ − φ") if order is not None else "θ − φ"
-
-
-def _applies(name: str, learner: Learner) -> bool:
-    return (name == "θ − φ") == (_claimed(learner) == "θ − φ")
 
 
 def _differentiable(learner: Learner) -> tuple[Learner, str]:

@@ -15,7 +15,7 @@ from cluster import wire
 
 log = logging.getLogger("metafleet")
 
-_FRAME = struct.Struct("<II")  # payload length, CRC-32 of the payload
+_FRAME = struct.Struct("<III")  # payload length, CRC-32 of the length, CRC-32 of the payload
 
 
 class Journal:
@@ -39,7 +39,7 @@ class Journal:
         self._check()
         payload = wire.encode({"kind": kind, **fields})
         try:
-            frame = _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+            frame = _framed(payload)
             if self._file.write(frame) < len(frame):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -59,12 +59,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     end, damaged = _scan(content)
     if damaged:
         raise ValueError(f"{path} is damaged at byte {end} of {len(content)}")
-    position = 0
-    while position < end:
-        length, _ = _FRAME.unpack_from(content, position)
-        position += _FRAME.size
-        yield wire.decode(content[position : position + length])
-        position += length
+    yield from _records(content, end)
 
 
 def _usable(path: Path) -> int | None:
@@ -81,15 +76,54 @@ def _usable(path: Path) -> int | None:
     return end
 
 
+def unfinished(path: Path) -> tuple[list[int], int]:
+    """(tickets dispatched and never settled, the first unused ticket) of a journal; ([], 0) where there is none."""
+    if not path.exists():
+        return [], 0
+    content = path.read_bytes()
+    end, _ = _scan(content)
+    waiting: set[int] = set()
+    following = 0
+    for record in _records(content, end):
+        if record["kind"] == "dispatch":
+            waiting.add(record["ticket"])
+            following = max(following, record["ticket"] + 1)
+        elif record["kind"] in ("apply", "abandon"):
+            waiting -= set(record["tickets"])
+        elif record["kind"] == "reject":
+            waiting.discard(record["ticket"])
+    return sorted(waiting), following
+
+
+def _records(content: bytes, end: int) -> Iterator[dict[str, Any]]:
+    position = 0
+    while position < end:
+        length, _, _ = _FRAME.unpack_from(content, position)
+        position += _FRAME.size
+        yield wire.decode(content[position : position + length])
+        position += length
+
+
+def _framed(payload: bytes) -> bytes:
+    return _FRAME.pack(len(payload), _crc_of_length(len(payload)), zlib.crc32(payload)) + payload
+
+
+def _crc_of_length(length: int) -> int:
+    return zlib.crc32(length.to_bytes(4, "little"))
+
+
 def _scan(content: bytes) -> tuple[int, bool]:
-    """(end of the last whole record, whether something other than one cut-off record follows)."""
+    """(end of the last whole record, whether it is damage, and not one record cut off, that follows)."""
     position = 0
     while len(content) - position >= _FRAME.size:
-        length, checksum = _FRAME.unpack_from(content, position)
+        length, of_length, of_payload = _FRAME.unpack_from(content, position)
         following = position + _FRAME.size + length
+        if not length or of_length != _crc_of_length(length):
+            # After a power failure a file may end in zeros that were never written.
+            return position, any(content[position:])
         if following > len(content):
             break
-        if zlib.crc32(content[position + _FRAME.size : following]) != checksum:
+        if zlib.crc32(content[position + _FRAME.size : following]) != of_payload:
             return position, following < len(content)
         position = following
     return position, False

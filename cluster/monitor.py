@@ -30,7 +30,7 @@ PLAIN_EVERY = 10.0  # seconds between log lines where there is no terminal
 
 
 class Monitor:
-    """Scalars are averaged over windows of `every` iterations; a window that a crash cut off is logged again."""
+    """Scalars are averaged over windows of `every` iterations, by default a thousand windows a run."""
 
     def __init__(self, directory: Path, start: int, iterations: int, every: int = 0, console: Console | None = None) -> None:
         """`start`: the iteration this process begins from; later points of an earlier attempt are taken back."""
@@ -41,8 +41,8 @@ class Monitor:
         self.tensorboard = directory / "tensorboard"
         _truncate(directory / "metrics.jsonl", start)
         self._jsonl = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
-        # purge_step from the very first writer on: TensorBoard ignores it where the first one had none.
-        self._writer = SummaryWriter(str(self.tensorboard), purge_step=start)
+        # purge_step (the first step to take back) from the very first writer on: TensorBoard ignores it where the first one had none.
+        self._writer = SummaryWriter(str(self.tensorboard), purge_step=start + 1)
         self._events_failed = False
         self._window: dict[str, list[float]] = {}
         self._status_at = self._plain_at = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cluster.dispatch import Dispatcher, Shards
 from learners.base import Meta, Outer, Params, Sum, pack
@@ -20,23 +21,52 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Deadlines:
+    """When a shard is late: its worker is then killed and replaced, and the shard goes to another one."""
+
+    factor: float = 10.0
+    """A shard is late after this many times the median time of its verb,"""
+    floor: float = 30.0
+    """but not before this many seconds;"""
+    first: float = 600.0
+    """a worker's first shard of a verb, which may compile, after this many."""
+
+
+class Policy(Protocol):
+    """Decides what an outer step waits for."""
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """When a shard is late."""
+
+    @property
+    def max_attempts(self) -> int:
+        """Attempts at a shard before the run stops."""
+
+    @property
+    def max_rejected(self) -> float:
+        """Share of a round that may be rejected as not finite before the run stops."""
+
+    def step(self, outer: Outer, meta: Meta, state: Params, dispatcher: Dispatcher, batch: Shards) -> Step:
+        """One step of `outer` over the tasks of `batch`."""
+
+
+@dataclass(frozen=True)
 class Synchronous:
-    """Each round waits for the whole meta-batch; the result does not depend on the fleet.
+    """Each round waits for the whole meta-batch; the result does not depend on the fleet."""
 
-    A shard is late, and is given to another worker, after `deadline_factor` times the median time of its verb, but
-    not before `deadline_floor` seconds; a worker's first shard of a verb, which may compile, after `deadline_first`.
-    """
-
-    deadline_factor: float = 10.0
-    """A shard is late after this many times the median time of its verb."""
-    deadline_floor: float = 30.0
-    """Seconds before which no shard is late."""
-    deadline_first: float = 600.0
-    """Seconds a worker has for its first shard of a verb."""
+    deadlines: Deadlines = Deadlines()
+    """When a shard is late."""
     max_attempts: int = 5
     """Attempts at a shard before the run stops."""
     max_rejected: float = 0.1
-    """Share of a meta-batch that may be rejected as not finite before the run stops."""
+    """Share of a round that may be rejected as not finite before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1 or not 0 <= self.max_rejected <= 1:
+            raise ValueError(
+                f"max_attempts={self.max_attempts}, max_rejected={self.max_rejected}: at least 1 and a share from 0 to 1 wanted"
+            )
 
     def step(self, outer: Outer, meta: Meta, state: Params, dispatcher: Dispatcher, batch: Shards) -> Step:
         """One step of `outer` over the tasks of `batch`."""
@@ -70,3 +100,6 @@ class Synchronous:
             "perf/tasks_per_s": batch.count * batch.size / seconds,
         }
         return Step(meta, state, metrics, tickets)
+
+
+DEFAULT: Policy = Synchronous()

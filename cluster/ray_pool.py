@@ -7,26 +7,27 @@ import statistics
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster import ray_fleet, wire
 from cluster.messages import Assignment, Broadcast, Event, Failure, FleetEvent, Vector
-from cluster.policies import Synchronous
-from cluster.worker import Recipe, Worker, environment, missing_files, place
+from cluster.policies import Deadlines
+from cluster.worker import Recipe, Worker, data_files, environment, place
 from envs import store
 from learners.base import Params
 
 log = logging.getLogger("metafleet")
 
 IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never waits for the driver
-START_SECONDS = 300.0  # without a single worker ready after this long, the pool gives up
+START_SECONDS = 300.0  # without a single worker ready for this long, the pool gives up
+FETCH_SECONDS = 120.0  # a finished result, or a data file, that has not arrived after this long never will
 LONGEST_BACKOFF = 30.0
-REMEMBERED_RANGES = 4096
+REMEMBERED = 4096
 MEASURED = 64  # shard times per verb that the median is taken of
 
 
@@ -37,9 +38,9 @@ class _Actor:
         self._recipe, self._name = recipe, name
         self._worker: Worker | None = None
 
-    def hello(self) -> tuple[str, dict[str, str], tuple[str, ...]]:
-        """Where this is, its environment, and which data files its node lacks."""
-        return place(), environment(), missing_files(self._recipe.tasks)
+    def hello(self) -> tuple[str, dict[str, str], dict[str, str]]:
+        """Where this is, its environment, and the data files of its node."""
+        return place(), environment(), data_files(self._recipe.tasks)
 
     def install(self, file: str, content: NDArray[np.uint8]) -> None:
         """Write a data file that the driver sent."""
@@ -69,19 +70,19 @@ class _Remote:
 class RayPool:
     """Workers as Ray actors, on whatever nodes the cluster has.
 
-    An actor that dies is replaced, with growing pauses if it keeps dying. Ray never notices one that is frozen, so
-    every assignment has a deadline (`limits`); a worker that passes it is killed and replaced. Ray's own restarts
-    and retries are off: whether work is repeated is the driver's decision.
+    An actor that dies, or whose code raises, is replaced, with growing pauses if that goes on. Ray never notices one
+    that is frozen, so every assignment has a deadline (`limits`); a worker that passes it is killed and replaced.
+    Ray's own restarts and retries are off: whether work is repeated is the driver's decision.
     """
 
     environment: ClassVar[dict[str, str]] = {}
     """Environment variables of the workers, where they should differ from the cluster's."""
 
     def __init__(self, recipe: Recipe, workers: int = 2, *, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
-                 address: str = "local", limits: Synchronous | None = None) -> None:  # fmt: skip
+                 address: str = "local", limits: Deadlines | None = None) -> None:  # fmt: skip
         if workers < 1:
             raise ValueError(f"workers={workers}: at least 1 wanted")
-        self._limits = limits or Synchronous()
+        self._limits = limits or Deadlines()
         self._started = ray_fleet.join(address, workers * cpus_per_worker, workers * gpus_per_worker)
         options: dict[str, Any] = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
         if self.environment:
@@ -89,15 +90,18 @@ class RayPool:
         self._class: Any = ray.remote(**options)(_Actor)
         self._wanted = f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
         self._recipe = ray.put(recipe)
+        self._files = data_files(recipe.tasks)
         self._values: dict[int, Any] = {}
         self._last_handle = self._last_name = 0
         self._actors: list[_Remote] = []
-        self._ran: OrderedDict[tuple[str, int, int], str] = OrderedDict()
+        self._ran: OrderedDict[tuple[str, int, int], str] = OrderedDict()  # task range → who last ran it
+        self._asked: OrderedDict[int, str] = OrderedDict()  # ticket → who was last asked
         self._times: dict[str, deque[float]] = {}
         self._events: deque[Event] = deque()
         self._losses = 0
         self._respawn: list[float] = []
-        self._begun = time.monotonic()
+        self._ready_at = time.monotonic()  # when some worker was last seen ready
+        self._sent: dict[str, Any] = {}
         for _ in range(workers):
             self._spawn()
 
@@ -119,9 +123,14 @@ class RayPool:
         if not actor.tickets:
             actor.since = time.monotonic()
         actor.tickets.append((assignment, ref))
+        self._asked[assignment.ticket] = actor.name
+        while len(self._asked) > REMEMBERED:
+            self._asked.popitem(last=False)
 
     def poll(self, timeout: float) -> list[Event]:
         self._replace_lost()
+        if any(a.ready for a in self._actors):
+            self._ready_at = time.monotonic()
         refs = [a.hello for a in self._actors if not a.ready] + [ref for a in self._actors for _, ref in a.tickets]
         if refs and not self._events:
             ray.wait(refs, num_returns=1, timeout=self._patience(timeout), fetch_local=False)
@@ -151,31 +160,38 @@ class RayPool:
     def _greet(self, actor: _Remote) -> None:
         """Take in a new actor once it answers, after sending it the data files that its node lacks."""
         if not ray.wait([actor.hello], timeout=0)[0]:
-            if not any(a.ready for a in self._actors) and time.monotonic() - self._begun > START_SECONDS:
+            if time.monotonic() - self._ready_at > START_SECONDS:
                 raise TimeoutError(
                     f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}"
                 )
             return
         try:
-            actor.where, facts, missing = ray.get(actor.hello)
-            for file in missing:
-                content = np.frombuffer((store.data_folder() / file).read_bytes(), np.uint8)
-                ray.get(actor.handle.install.remote(file, content))
+            actor.where, facts, theirs = ray.get(actor.hello)
+            missing = [file for file, version in self._files.items() if theirs.get(file) != version]
+            ray.get([actor.handle.install.remote(file, self._file(file)) for file in missing], timeout=FETCH_SECONDS)
         except RayTaskError as error:
             raise RuntimeError(f"worker {actor.name} could not start: {_cause(error)}") from error
-        except RayActorError as error:
+        except RayError as error:
             self._lose(actor, "died", _cause(error))
         else:
             actor.ready = True
             self._events.append(FleetEvent("joined", actor.name, actor.where, facts))
 
+    def _file(self, file: str) -> Any:
+        """A data file as a reference, sent once however many workers lack it."""
+        if file not in self._sent:
+            self._sent[file] = ray.put(np.frombuffer((store.data_folder() / file).read_bytes(), np.uint8))
+        return self._sent[file]
+
     def _collect(self, actor: _Remote) -> None:
         while actor.tickets and ray.wait([actor.tickets[0][1]], timeout=0)[0]:
             assignment, ref = actor.tickets[0]
             try:
-                header, vector = ray.get(ref)
+                header, vector = ray.get(ref, timeout=FETCH_SECONDS)
             except RayTaskError as error:
-                self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, "error", _cause(error)))
+                # Perhaps the work is at fault, perhaps this process or its node: another process will tell.
+                self._lose(actor, "error", _cause(error))
+                return
             except RayError as error:
                 self._lose(actor, "died", _cause(error))
                 return
@@ -192,7 +208,7 @@ class RayPool:
         actor.known.add(assignment.verb)
         self._losses = 0
         self._ran[assignment.split, assignment.start, assignment.stop] = actor.name
-        if len(self._ran) > REMEMBERED_RANGES:
+        if len(self._ran) > REMEMBERED:
             self._ran.popitem(last=False)
 
     def _check_deadlines(self) -> None:
@@ -208,21 +224,21 @@ class RayPool:
         verb = actor.tickets[0][0].verb
         times = self._times.get(verb)
         if verb not in actor.known or not times:
-            return self._limits.deadline_first
-        return max(self._limits.deadline_floor, self._limits.deadline_factor * statistics.median(times))
+            return self._limits.first
+        return max(self._limits.floor, self._limits.factor * statistics.median(times))
 
     def _patience(self, timeout: float) -> float:
         """Seconds to wait for an answer before some deadline passes."""
         now = time.monotonic()
         return max(0.0, min([timeout, *(a.since + self._deadline(a) - now for a in self._actors if a.tickets)]))
 
-    def _lose(self, actor: _Remote, kind: str, reason: str) -> None:
+    def _lose(self, actor: _Remote, kind: Literal["died", "late", "error"], reason: str) -> None:
         """Kill an actor, report its work as failed, and have it replaced."""
         self._actors.remove(actor)
         ray.kill(actor.handle)
         for position, (assignment, _) in enumerate(actor.tickets):
-            late = kind == "late" and position == 0
-            self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, "late" if late else "died", reason))
+            blamed = kind if position == 0 else "died"  # only the first was running
+            self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, blamed, reason))
         self._events.append(FleetEvent("lost" if actor.ready else "failed", actor.name, actor.where, {"reason": reason}))
         # The first loss is replaced at once; a row of losses, without an answer in between, ever more slowly.
         pause = min(LONGEST_BACKOFF, 0.5 * 2.0 ** (self._losses - 1)) if self._losses else 0.0
@@ -238,14 +254,13 @@ class RayPool:
 
     def _choose(self, assignment: Assignment) -> _Remote:
         ready = [a for a in self._actors if a.ready and len(a.tickets) < IN_FLIGHT]
-        before = self._ran.get((assignment.split, assignment.start, assignment.stop))
         if assignment.attempt:
-            # Whoever ran it last may be what is wrong with it.
-            ready = [a for a in ready if a.name != before] or ready
+            # Whoever was asked last may be what is wrong.
+            asked = self._asked.get(assignment.ticket)
+            ready = [a for a in ready if a.name != asked] or ready
         else:
-            for actor in ready:
-                if actor.name == before:
-                    return actor
+            before = self._ran.get((assignment.split, assignment.start, assignment.stop))
+            ready = [a for a in ready if a.name == before] or ready
         return min(ready, key=lambda a: len(a.tickets))
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 from rich.table import Table
 
 from cluster import assemble, catalog, config, monitor
-from cluster.checkpoint import Checkpoints, State, write_atomically
+from cluster.checkpoint import Checkpoints, Lease, State, write_atomically
 from cluster.config import Run
 from cluster.dispatch import Dispatcher
 from cluster.driver import Driver
@@ -25,6 +25,7 @@ from cluster.evaluate import Curves, Pending
 from cluster.journal import Journal
 from cluster.ledger import Ledger
 from cluster.worker import environment, set_up_torch
+from learners.objectives import NormMode
 
 CONFIGURATION = "run.toml"
 
@@ -49,27 +50,23 @@ def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = F
     ends the process.
     """
     monitor.plain_logging()
-    run = prepared(run, directory)
-    parts, params = assemble.recipe(run)
-    if init_from:
-        theta = Checkpoints(Path(init_from) / "checkpoints").newest()
-        if theta is None:
-            raise FileNotFoundError(f"--init-from {init_from}: no checkpoint there")
-        params = _like(params, theta.meta.params, init_from)
-    pool = assemble.pool(run, parts)
+    directory.mkdir(parents=True, exist_ok=True)
+    received: list[int] = []
     try:
-        # Only now: connecting to Ray installs signal handlers of its own.
-        with _signals() as received:
-            Driver(
-                parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
-                policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation,
-                allow_mixed_fleet=run.allow_mixed_fleet, take_over=take_over, interrupted=lambda: bool(received),
-                hparams=config.flat(config.to_table(run)),
-            ).run()  # fmt: skip
+        with Lease(directory).held(take_over) as lease:
+            run = prepared(run, directory)
+            parts, params = assemble.recipe(run)
+            if init_from:
+                params = _like(params, chosen(Path(init_from), "newest").meta.params, init_from)
+            with assemble.pool(run, parts) as pool, _signals(received):  # signals last: joining Ray sets handlers of its own
+                Driver(
+                    parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
+                    policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation, lease=lease,
+                    allow_mixed_fleet=run.allow_mixed_fleet, interrupted=lambda: bool(received),
+                    hparams=config.flat(config.to_table(run)),
+                ).run()  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*received) from None
-    finally:
-        pool.close()
 
 
 def prepared(run: Run, directory: Path) -> Run:
@@ -88,31 +85,25 @@ def prepared(run: Run, directory: Path) -> Run:
         set_up_torch(run.threads, "cpu")
         run, why = assemble.resolved(run)
     monitor.log.info("%s", why)
-    directory.mkdir(parents=True, exist_ok=True)
     write_atomically(path, config.to_toml(run, {"environment": environment()}).encode())
     return run
 
 
 def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", checkpoint: str = "newest",
-             norms: tuple[str, ...] = (), pool: str = "", workers: int = 0) -> tuple[Run, Curves]:  # fmt: skip
+             norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0) -> tuple[Run, Curves]:  # fmt: skip
     """Adaptation curves of a run's θ."""
     run = config.load(str(configuration(directory)))
     if pool not in ("", "local", "ray"):
         raise ValueError(f"pool={pool!r} is not one of local, ray")
-    if tasks < 1 or steps < 0:
-        raise ValueError(f"tasks={tasks}, steps={steps}: at least 1 task and 0 steps wanted")
-    evaluation = replace(run.evaluation, steps=steps, norms=norms or run.evaluation.norms)
+    evaluation = replace(run.evaluation, tasks=tasks, steps=steps, norms=norms or run.evaluation.norms)
     run = replace(run, workers=workers or run.workers, evaluation=evaluation)
     run = replace(run, pool=cast(Literal["ray", "local"], pool)) if pool else run
     state = chosen(directory, checkpoint)
     run.task.prepare()
     parts, _ = assemble.recipe(run)
-    fleet = assemble.pool(run, parts)
-    try:
+    with assemble.pool(run, parts) as fleet:
         dispatcher = Dispatcher(fleet, Ledger(_Unwritten()), max_attempts=run.policy.max_attempts)
-        return run, Pending(dispatcher, state.meta, split, tasks, run.shard).result()
-    finally:
-        fleet.close()
+        return run, Pending(dispatcher, state, split, tasks, run.shard).result()
 
 
 def chosen(directory: Path, checkpoint: str) -> State:
@@ -188,9 +179,8 @@ def listing() -> list[Table]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are put into the list given; a second one ends the process at once."""
-    received: list[int] = []
+def _signals(received: list[int]) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM are put into the list; a second one ends the process at once."""
 
     def note(number: int, _: object) -> None:
         if received:
@@ -200,7 +190,7 @@ def _signals() -> Iterator[list[int]]:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -43,6 +43,14 @@ class Recipe:
     device: str = "cpu"
     threads: int = 1
 
+    def summary(self) -> str:
+        """One line on what the numbers are of."""
+        modes = [
+            f"{k} {v}" for k, v in (("norm", getattr(self.objective, "norm", "")), ("scale", getattr(self.objective, "scale", ""))) if v
+        ]
+        parts = [repr(self.learner), *modes, "mean over tasks", self.execution, self.dtype, f"seed {self.seed}"]
+        return ", ".join(parts)
+
     def verbs(self, objective: Objective) -> Mapping[str, Verb]:
         """The verbs every run has, and those of its outer step."""
         standard = verbs.standard(self.learner, objective, self.evaluation_steps)
@@ -112,6 +120,7 @@ def set_up_torch(threads: int, device: str) -> None:
     torch.set_num_threads(threads)
     kernels.keep_freed_memory()
     if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may pick another algorithm each time
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -135,7 +144,6 @@ def place() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def missing_files(tasks: TaskDistribution) -> tuple[str, ...]:
-    """Those of the tasks' files that this node's data folder lacks."""
-    files = tasks.files() if isinstance(tasks, HasFiles) else ()
-    return tuple(f for f in files if not (store.data_folder() / f).exists())
+def data_files(tasks: TaskDistribution) -> dict[str, str]:
+    """The tasks' data files, with what tells one version from another; "" for one that this node lacks."""
+    return {f: store.fingerprint(f) for f in (tasks.files() if isinstance(tasks, HasFiles) else ())}

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -43,13 +44,14 @@ class ImageFolder:
 
     @property
     def _name(self) -> str:
-        return f"images-{hashlib.sha256(self.folder.encode()).hexdigest()[:12]}-{self.size}"
+        path = str(Path(self.folder).expanduser().resolve())
+        return f"images-{hashlib.sha256(path.encode()).hexdigest()[:12]}-{self.size}"
 
     def prepare(self) -> None:
         path = Path(self.folder).expanduser()
         if not self.folder or not path.exists():
             raise FileNotFoundError(f"task.source.folder={self.folder!r} does not exist: a folder or a zip of images is wanted")
-        fingerprint = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
+        fingerprint = _fingerprint(path)
         store.write_once(self._name, fingerprint, lambda: self._decode(path, fingerprint))
 
     def files(self) -> tuple[str, ...]:
@@ -78,6 +80,13 @@ class ImageFolder:
         return np.stack(images), Index(names, starts, splits, fingerprint)
 
 
+def _fingerprint(path: Path) -> str:
+    """Changes with any file's name, size or time."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    seen = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+    return hashlib.sha256(seen.encode()).hexdigest()
+
+
 def _listed(root: Root) -> dict[str, dict[str, list[Root]]]:
     if not all((root / file).exists() for file in CSV.values()):
         return {}
@@ -85,12 +94,19 @@ def _listed(root: Root) -> dict[str, dict[str, list[Root]]]:
     found: dict[str, dict[str, list[Root]]] = {}
     for split, file in CSV.items():
         classes: dict[str, list[Root]] = {}
-        for row in csv.DictReader(io.StringIO((root / file).read_text())):
+        for row in csv.DictReader(io.StringIO(_text(root / file))):
             if not row.get("filename") or not row.get("label"):
                 raise ValueError(f"{root / file} has the columns {', '.join(row)}, wanted filename,label")
             classes.setdefault(row["label"], []).append(images / row["filename"])
         found[split] = classes
     return found
+
+
+def _text(file: Root) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not readable ({error})") from error
 
 
 def _foldered(root: Root) -> dict[str, dict[str, list[Root]]]:
@@ -112,6 +128,6 @@ def _image(file: Root, size: int) -> NDArray[np.uint8]:
             raise ValueError(f"{file} is larger than {LARGEST_IMAGE} bytes")
         with Image.open(io.BytesIO(content)) as image:
             pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
-    except (UnidentifiedImageError, Image.DecompressionBombError, zipfile.BadZipFile, KeyError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error, KeyError, OSError) as error:
         raise ValueError(f"{file} is not a readable image ({error})") from error
     return pixels.transpose(2, 0, 1)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def _pngs(root: Path) -> list[tuple[str, bytes]]:
             if sum(m.file_size for m in members) > 2 * LARGEST:
                 raise ValueError(f"{root} unpacks to more than {2 * LARGEST} bytes: not Omniglot")
             return [(m.filename, archive.read(m)) for m in members]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{root} is not a whole zip archive ({error}); fetch it again") from error
 
 

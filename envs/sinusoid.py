@@ -39,9 +39,9 @@ class Sinusoid:
     """Range of ω."""
 
     def __post_init__(self) -> None:
-        for name in ("shots", "queries", "test_queries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a sinusoid task needs at least 1 point")
+        for name, least in (("shots", 1), ("queries", 1), ("test_queries", 1), ("train_shots", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least} wanted")
 
     @property
     def kind(self) -> Literal["regression"]:

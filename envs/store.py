@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -91,6 +92,15 @@ def load(folder: Path, name: str) -> ImageSet:
             f"{images_path} holds {images.dtype} {images.shape}, wanted uint8 [{index.starts[-1]}, c, h, w]; delete it to decode again"
         )
     return ImageSet(images, index)
+
+
+def fingerprint(relative: str) -> str:
+    """Size of a file of the data folder, and for an index its hash too; "" where it does not exist."""
+    path = data_folder() / relative
+    if not path.exists():
+        return ""
+    content = hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".json" else ""
+    return f"{path.stat().st_size} {content}"
 
 
 def _read_index(path: Path) -> Index:

@@ -95,6 +95,9 @@ class Learner(Protocol):
     def gradient(self, meta: Meta, objective: Objective, data: Data) -> Gradient:
         """This task's contribution to the outer step."""
 
+    def claim(self) -> str:
+        """What `gradient` gives: "second order", "first order" or "θ − φ"; the gradient guard holds it to that."""
+
     def at_test(self) -> Learner:
         """The learner as it adapts at meta-test (another minibatch, other rates); usually itself."""
 
@@ -155,3 +158,9 @@ def unpack(packed: Params) -> Meta:
         kind, _, rest = name.partition("/")
         parts[kind][rest] = value
     return Meta(parts["params"], parts["slots"])
+
+
+def check_steps(inner_steps: int) -> None:
+    """Raise ValueError for an inner loop of a negative number of steps."""
+    if inner_steps < 0:
+        raise ValueError(f"inner_steps={inner_steps}: 0 or more wanted")

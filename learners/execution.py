@@ -89,28 +89,37 @@ def _added(parts: Iterable[Stacked]) -> Sum:
 
 
 BATCHED_UP_TO = 64 << 10  # bytes of activations per task; above, a CPU is faster task by task
+GPU_BYTES = 4 << 30  # memory that a chunk of tasks may take there; not measured
 
 
-def choose(*, activation_bytes: int, device: str, inner_steps: int, tasks_per_call: int, calls: int, compiler: bool) -> tuple[Mode, str]:
-    """The mode of least total time, by rule, and why.
+def choose(
+    *, activation_bytes: int, device: str, inner_steps: int, tasks_per_call: int, calls: int, compiler: bool
+) -> tuple[Mode, int, str]:
+    """(the mode of least total time, the chunk that memory allows, why), by rule.
 
     On a CPU batching wins while a task's activations are small (then overhead counts) and loses where they are
     large (then memory does). Compilation is chosen where it pays for itself over `calls` shards. The constants are
-    measurements (tests/bench/execution_rule.py holds them against the machine at hand); they are never taken at run
+    measurements (tests/bench/bench_execution_rule.py holds them against the machine at hand); they are never taken at run
     time, so that the same command gives the same bits twice.
     """
     if device != "cpu":
-        return "vmap", f"execution = vmap: on {device} all tasks of a shard run together"
+        # Forward, backward and their derivatives keep some tens of intermediate results of a step.
+        chunk = max(1, GPU_BYTES // (32 * activation_bytes * (inner_steps + 1)))
+        return (
+            "vmap",
+            chunk if chunk < tasks_per_call else 0,
+            f"execution = vmap: on {device} tasks run together, {chunk} at a time at most",
+        )
     if activation_bytes > BATCHED_UP_TO:
-        return "loop", f"execution = loop: {activation_bytes >> 10} KiB of activations per task, more than {BATCHED_UP_TO >> 10}"
+        return "loop", 0, f"execution = loop: {activation_bytes >> 10} KiB of activations per task, more than {BATCHED_UP_TO >> 10}"
     compile_s = compile_seconds(inner_steps)
     saved_s = calls * saved_seconds(inner_steps, tasks_per_call)
     reason = f"compiling costs {compile_s:.0f} s and would save {saved_s:.0f} s over {calls} shards"
     if saved_s <= compile_s:
-        return "vmap", f"execution = vmap: {reason}"
+        return "vmap", 0, f"execution = vmap: {reason}"
     if not compiler:
-        return "vmap", f"execution = vmap: {reason}, but no C++ compiler is found (install g++, or set CXX)"
-    return "compiled", f"execution = compiled: {reason}"
+        return "vmap", 0, f"execution = vmap: {reason}, but no C++ compiler is found (install g++, or set CXX)"
+    return "compiled", 0, f"execution = compiled: {reason}"
 
 
 def compile_seconds(inner_steps: int) -> float:

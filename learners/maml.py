@@ -10,7 +10,7 @@ import numpy as np
 
 from envs.base import Arrays
 from learners import inner, tree
-from learners.base import Data, Gradient, Learner, Meta, Objective, Params
+from learners.base import Data, Gradient, Learner, Meta, Objective, Params, check_steps
 from learners.derivative import differentiate
 from learners.optimisers import SGD
 
@@ -31,6 +31,9 @@ class MAML:
     """2: differentiate through the inner loop; 1: first-order approximation (FOMAML)."""
     adapts: tuple[str, ...] = ("*",)
     """Patterns of the parameters that the inner loop moves."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.inner_steps)
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
         return Meta(params, {})
@@ -54,6 +57,9 @@ class MAML:
         )
         slots = meta.slots | objective.track(meta.slots | meta.params, data)
         return Gradient(grads, slots, {"query_loss": loss, "grad_norm": tree.norm(grads)})
+
+    def claim(self) -> str:
+        return "second order" if self.order == 2 else "first order"
 
     def at_test(self) -> Learner:
         return self

@@ -20,7 +20,7 @@ from learners.derivative import transformed
 log = logging.getLogger("metafleet")
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
-_STATEFUL = (nn.modules.batchnorm._NormBase, nn.RNNBase, nn.modules.lazy.LazyModuleMixin)
+_STATEFUL = (nn.RNNBase, nn.modules.lazy.LazyModuleMixin)
 
 
 class Functional:
@@ -119,7 +119,8 @@ def functional(module: nn.Module) -> Functional:
             raise ValueError(
                 f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its mask in the task's data"
             )
-        if isinstance(layer, _STATEFUL) or "SpectralNorm" in type(layer).__name__:
+        tracks = isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats
+        if tracks or isinstance(layer, _STATEFUL) or "SpectralNorm" in type(layer).__name__:
             raise ValueError(
                 f"layer {name!r} ({type(layer).__name__}) keeps state between calls; an adapted model must be a function of its parameters"
             )

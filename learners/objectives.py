@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ class Supervised:
                           `momentum`.
     In the first three the support is normalised by itself.
 
-    scale: "mean" over examples, or "sum_over_shots", cbfinn's: Σ/K for K shots, whose inner gradient is N (ways)
-    times the mean's; MAML's published inner rates are for that one.
+    scale: "mean" over examples, or "sum_over_shots", cbfinn's: Σ/K for K shots, which for a whole support set of N
+    ways is N times the mean; MAML's published inner rates are for that one.
     """
 
     model: Functional
@@ -46,6 +46,11 @@ class Supervised:
     def __post_init__(self) -> None:
         if self.scale == "sum_over_shots" and self.loss != "cross_entropy":
             raise ValueError("scale='sum_over_shots' is a scale of the cross-entropy; regression wants scale='mean'")
+        for mode in (self.norm, *self.report):
+            if mode not in get_args(NormMode):
+                raise ValueError(f"norm mode {mode!r} is not one of {', '.join(get_args(NormMode))}")
+        if "frozen" in self.report and self.norm != "frozen":
+            raise ValueError(f"norm mode 'frozen' cannot be reported: this run trains with {self.norm!r} and carries no statistics")
 
     def support(self, params: Params, data: Data, step: int) -> Tensor:
         x, y = data["support_x"], data["support_y"]

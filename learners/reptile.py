@@ -10,7 +10,7 @@ import numpy as np
 
 from envs.base import Arrays
 from learners import inner, tree
-from learners.base import Data, Gradient, Learner, Meta, Objective, Params
+from learners.base import Data, Gradient, Learner, Meta, Objective, Params, check_steps
 from learners.optimisers import SGD, Adam
 
 
@@ -37,6 +37,11 @@ class Reptile:
     adapts: tuple[str, ...] = ("*",)
     """Patterns of the parameters that the inner loop moves."""
 
+    def __post_init__(self) -> None:
+        check_steps(self.inner_steps)
+        if self.batch < 0 or self.test_batch < 0:
+            raise ValueError(f"batch={self.batch}, test_batch={self.test_batch}: 0 (the whole support set) or more wanted")
+
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
         return Meta(params, {})
 
@@ -62,6 +67,9 @@ class Reptile:
         last = objective.support(meta.slots | phi, data, max(self.inner_steps - 1, 0)).detach()
         return Gradient(delta, slots, {"support_loss": last, "delta_norm": tree.norm(delta)})
 
+    def claim(self) -> str:
+        return "θ − φ"
+
     def at_test(self) -> Learner:
         return replace(self, batch=self.test_batch)
 
@@ -72,5 +80,5 @@ def minibatches(examples: int, size: int, steps: int, rng: np.random.Generator) 
     A minibatch may span two shuffles and then hold an example twice, as in the published code.
     """
     rounds = -(-steps * size // examples)
-    order = np.concatenate([rng.permutation(examples) for _ in range(rounds)])
+    order = np.concatenate([np.zeros(0, int), *(rng.permutation(examples) for _ in range(rounds))])
     return order[: steps * size].reshape(steps, size)

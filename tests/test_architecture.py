@@ -58,11 +58,10 @@ def test_no_pickle_and_no_unsafe_load() -> None:
 
 
 def test_driver_and_worker_name_no_learner_task_or_policy_of_the_catalog() -> None:
-    from cluster.catalog import LEARNERS, SOURCES, TASKS
+    from cluster.catalog import LEARNERS, POLICIES, SOURCES, TASKS
 
-    names = {n for table in (TASKS, LEARNERS, SOURCES) for n, c in table.items()} | {
-        c.__name__ for t in (TASKS, LEARNERS, SOURCES) for c in t.values()
-    }
+    tables = (TASKS, SOURCES, LEARNERS, POLICIES)
+    names = {n for table in tables for n in table} | {c.__name__ for table in tables for c in table.values()}
     for file in ("driver.py", "worker.py", "dispatch.py"):
         words = {n.id for n in ast.walk(FILES[ROOT / "cluster" / file]) if isinstance(n, ast.Name)}
         words |= {n.value for n in ast.walk(FILES[ROOT / "cluster" / file]) if isinstance(n, ast.Constant) and isinstance(n.value, str)}

@@ -241,12 +241,12 @@ def test_a_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(finish
 
 
 def test_a_full_disk_stops_the_run_which_resumes_once_there_is_room(tmp_path: Path) -> None:
-    """A real file system of 700 KiB: checkpoints and metrics fail with a warning, the journal with an end."""
+    """A real file system of 400 KiB: checkpoints and metrics fail with a warning, the journal with an end."""
     small, command = tmp_path / "small", [sys.executable, "-m", "cluster.cli"]
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)], capture_output=True, check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system is not permitted here (needs root)")
-    words = ["train", "sinusoid", *SIZE[2:], *HELD_OUT, "--iterations", "1500", "--pool", "local", "--checkpoint.seconds", "0.1"]
+    words = ["train", "sinusoid", *SIZE[2:], *HELD_OUT, "--iterations", "400", "--pool", "local", "--checkpoint.seconds", "0.2"]
     try:
         full = subprocess.run([*command, *words, "--dir", str(small / "r")], capture_output=True, text=True, timeout=120)
         assert full.returncode == 1
@@ -255,7 +255,7 @@ def test_a_full_disk_stops_the_run_which_resumes_once_there_is_room(tmp_path: Pa
         assert "Traceback" not in full.stderr
         stopped = Checkpoints(small / "r" / "checkpoints").newest()
         assert stopped is not None
-        assert 0 < stopped.iteration < 1500
+        assert 0 < stopped.iteration < 400
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
         subprocess.run([*command, "resume", str(small / "r")], check=True, capture_output=True, timeout=120)
         subprocess.run([*command, *words, "--dir", str(tmp_path / "roomy")], check=True, capture_output=True, timeout=120)

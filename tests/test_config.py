@@ -119,6 +119,16 @@ def file(tmp_path: Path, text: str) -> str:
         ("task = 3", "task=3: a table wanted"),
         ('extends = "sinusid"', "RUN='sinusid' is neither a preset nor a .toml file; did you mean sinusoid?"),
         ("iterations = ", "is not valid TOML"),
+        ("extends = 3", "extends=3: a preset's name or a path wanted"),
+        ('extends = "run.toml"', "run.toml extends itself"),
+        ('[task]\nname = "episodes"', "task.source is missing"),
+        ('[learner]\nname = "maml"\ninner_steps = -3', "learner.inner_steps=-3: 0 or more wanted"),
+        ('[task]\nname = "sinusoid"\ntrain_shots = -3', "task.train_shots=-3: at least 0 wanted"),
+        ("[evaluation]\ntasks = 0", "evaluation.tasks=0: at least 1 wanted"),
+        ('[evaluation]\nnorms = ["transductve"]', "evaluation.norms=['transductve']: should be 'transductive'"),
+        ("[checkpoint]\nkeep = 0", "checkpoint.keep=0: at least 1 wanted"),
+        ('device = "gpu"', "device='gpu': cpu or cuda wanted"),
+        ('device = "cuda"', "device='cuda' with gpus_per_worker=0"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:

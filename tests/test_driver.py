@@ -158,11 +158,11 @@ def test_the_best_on_validation_is_kept_beside_the_newest(tmp_path: Path) -> Non
 
 def test_held_out_tasks_do_not_depend_on_the_runs_seed_nor_on_the_shard(tmp_path: Path) -> None:
     curves = []
-    for name, seed in (("a", 0), ("b", 1)):
+    for name, seed, shard in (("a", 0, 2), ("b", 1, 3)):
         recipe = quadratic_recipe(seed=seed, outer=Descent(optimizer="sgd", lr=0.0))
-        run(recipe, tmp_path / name, iterations=1)
-        curves.append(json.loads((tmp_path / name / "evaluation.json").read_text())["mean"])
-    assert curves[0] == curves[1]
+        Driver(recipe, start(), LocalPool(recipe), tmp_path / name, iterations=1, meta_batch=6, shard=shard, evaluation=FEW).run()
+        curves.append(json.loads((tmp_path / name / "evaluation.json").read_text())["mean"]["loss"])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-12)
 
 
 def test_confidence_intervals_follow_the_field() -> None:
@@ -170,7 +170,11 @@ def test_confidence_intervals_follow_the_field() -> None:
     curves = Curves.of(rows)
     np.testing.assert_allclose(curves.mean["accuracy"], [0.4, 0.6])
     np.testing.assert_allclose(curves.ci95["accuracy"], [1.96 * 0.2 / np.sqrt(3)] * 2)
-    assert curves.score() == (pytest.approx(0.6), True)
+    assert curves.score() == pytest.approx(0.6)
+    assert curves.beats(0.5)
+    assert not curves.beats(0.7)
+    assert curves.beats(None)
+    assert not Curves.of({"mse": np.full((2, 3), np.nan)}).beats(None)
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -195,3 +199,59 @@ def test_a_meta_batch_that_does_not_divide_into_shards_is_refused(tmp_path: Path
     recipe = quadratic_recipe()
     with pytest.raises(ValueError, match=f"meta_batch={batch} is not a positive multiple of shard={shard}"):
         Driver(recipe, start(), LocalPool(recipe), tmp_path, iterations=1, meta_batch=batch, shard=shard)
+
+
+def test_python_code_that_changes_the_learner_does_not_go_on_with_the_old_run(tmp_path: Path) -> None:
+    run(quadratic_recipe(), tmp_path)
+    changed = quadratic_recipe(learner=replace(quadratic_recipe().learner, order=1))
+    with pytest.raises(ValueError, match=r"holds a run with learner = MAML\(.*order=2.*this one has MAML\(.*order=1"):
+        run(changed, tmp_path)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(self: Checkpoints, state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        run(quadratic_recipe(), tmp_path)
+    assert json.loads((tmp_path / "status.json").read_text())["state"].startswith("failed: ")
+
+
+def test_a_kill_leaves_tickets_that_the_next_attempt_abandons(tmp_path: Path) -> None:
+    recipe = quadratic_recipe()
+    run(recipe, tmp_path, iterations=2)
+    book = journal.Journal(tmp_path / "journal")  # as if two shards had been under way when the process died
+    for ticket in (40, 41):
+        book.write("dispatch", ticket=ticket, attempt=0, verb="gradient", at=1, split="train", start=0, stop=2)
+    book.close()
+    run(recipe, tmp_path, iterations=4)
+    records = list(journal.read(tmp_path / "journal"))
+    abandoned = [i for i, r in enumerate(records) if r["kind"] == "abandon"]
+    assert [records[i]["tickets"] for i in abandoned] == [[40, 41]]
+    assert min(r["ticket"] for r in records[abandoned[0] :] if r["kind"] == "dispatch") == 42
+    assert journal.unfinished(tmp_path / "journal")[0] == []
+
+
+def test_an_evaluation_cut_off_by_a_stop_is_made_up_for(tmp_path: Path) -> None:
+    recipe = quadratic_recipe()
+    asked = iter(range(10**6))
+    for stop in range(12, 20):  # somewhere in here the evaluation of iteration 4 is under way
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / str(stop), iterations=8, interrupted=lambda asked=asked, stop=stop: next(asked) >= stop)
+        asked = iter(range(10**6))
+        run(recipe, tmp_path / str(stop), iterations=8)
+        lines = [json.loads(line) for line in (tmp_path / str(stop) / "metrics.jsonl").read_text().splitlines()]
+        assert [line["iteration"] for line in lines if line["kind"] == "validation"] == [4, 8]
+
+
+@pytest.mark.parametrize("change", [{"validation_tasks": 0}, {"steps": 0}, {"steps": 1}])
+def test_evaluations_may_be_small_or_off(tmp_path: Path, change) -> None:
+    recipe = quadratic_recipe(evaluation_steps=change.get("steps", 2))
+    Driver(
+        recipe, start(), LocalPool(recipe), tmp_path, iterations=2, meta_batch=2, shard=2, evaluation=replace(FEW, every=1, **change)
+    ).run()
+    with pytest.raises(ValueError, match="tasks=0: at least 1 wanted"):
+        Evaluation(tasks=0)
+    with pytest.raises(ValueError, match="keep=0: at least 1 wanted"):
+        Checkpointing(keep=0)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cluster import assemble, config
+from cluster import assemble, config, wire
+from cluster.messages import Assignment
+from cluster.worker import Worker
 from learners import execution
 from learners.base import pack
+from learners.derivative import transforms
 from learners.execution import Execution, choose
-from learners.verbs import standard
 
 LEARNERS = ["maml", "reptile"]
 
@@ -52,10 +55,16 @@ def test_the_full_compiler_agrees(learner: str) -> None:
         torch.testing.assert_close(got.total[k], v, rtol=1e-9, atol=1e-9 * float(v.abs().max()))
 
 
-def test_a_light_verb_is_not_compiled(data_folder: Path) -> None:
-    parts, _ = assemble.recipe(replace(config.load("sinusoid"), execution="loop"))
-    table = standard(parts.learner, parts.objective, 2)
-    assert (table["gradient"].light, table["evaluate"].light) == (False, True)
+def test_a_light_verb_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(execution, "_compile", lambda batched, backend, *inputs: compiled.append(inputs) or batched)
+    parts, params = assemble.recipe(replace(config.load("sinusoid"), execution="compiled"))
+    worker = Worker(parts, "w")
+    at = wire.broadcast(pack(params, {}))
+    for ticket, (verb, count) in enumerate((("evaluate", 0), ("gradient", 1), ("gradient", 1))):
+        with transforms():  # `batched` itself stands in for the compiled graph
+            worker.run(wire.encode_assignment(Assignment(ticket, 0, verb, 1, None, "train", 0, 2, 0)), at, None)
+        assert len(compiled) == count
 
 
 SMALL = {"activation_bytes": 1600, "device": "cpu", "inner_steps": 1, "tasks_per_call": 25, "compiler": True}
@@ -68,13 +77,14 @@ SMALL = {"activation_bytes": 1600, "device": "cpu", "inner_steps": 1, "tasks_per
         ({"calls": 100_000}, "compiled", "compiling costs"),
         ({"calls": 100_000, "compiler": False}, "vmap", "no C\\+\\+ compiler is found"),
         ({"calls": 100_000, "activation_bytes": 250_000}, "loop", "244 KiB of activations"),
-        ({"calls": 100, "activation_bytes": 10**7, "device": "cuda"}, "vmap", "on cuda all tasks"),
+        ({"calls": 100, "activation_bytes": 10**8, "device": "cuda"}, "vmap", "on cuda tasks run together, 1 at a time"),
     ],
 )
 def test_the_rule_picks_by_size_device_and_pay_off(changes, mode, why) -> None:
-    got, reason = choose(**(SMALL | changes))
+    got, chunk, reason = choose(**(SMALL | changes))
     assert got == mode
-    assert pytest.importorskip("re").search(why, reason)
+    assert re.search(why, reason)
+    assert chunk == (1 if "cuda" in changes.values() else 0)
 
 
 def test_the_compiler_is_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learners.kernels import BATCH, BatchNorm, PatchConv, Statistics
+from learners.kernels import BatchNorm, PatchConv, Statistics
 from learners.models import MLP, Conv4, Functional, functional
 from learners.objectives import Supervised
 
@@ -107,6 +107,10 @@ def test_layers_that_are_no_functions_are_refused(layer: nn.Module, message: str
         functional(nn.Sequential(nn.Linear(4, 4), layer))
 
 
+def test_stateless_normalisation_of_others_is_welcome() -> None:
+    functional(nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2), nn.GroupNorm(1, 2), nn.LayerNorm(4)))
+
+
 def test_a_missing_parameter_is_an_error_not_the_initial_value() -> None:
     model = functional(nn.Linear(2, 1))
     with pytest.raises(ValueError, match="the model's parameter 'bias' is missing among weight"):
@@ -134,7 +138,3 @@ def test_images_too_small_for_four_halvings_are_refused() -> None:
         Conv4(halving="pool").build((1, 8, 8), 5)
     with pytest.raises(ValueError, match="Conv4 wants images"):
         Conv4().build((1,), 1)
-
-
-def test_the_default_statistics_are_the_batchs_own() -> None:
-    assert Statistics("batch", 1, 0) == BATCH

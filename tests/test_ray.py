@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from cluster import assemble, config, journal
 from cluster.checkpoint import Checkpoints
 from cluster.driver import Driver, digest
 from cluster.evaluate import Evaluation
-from cluster.policies import Synchronous
+from cluster.policies import Deadlines
 from cluster.pool import LocalPool
 from learners.base import Meta
 from learners.outer import Descent
@@ -106,9 +106,9 @@ def test_a_frozen_worker_is_replaced_after_its_deadline(tmp_path: Path, referenc
             os.kill(frozen[0], signal.SIGSTOP)
 
     parts, params = assemble.recipe(sinusoid(tmp_path))
-    limits = Synchronous(deadline_floor=1.0, deadline_factor=5.0, deadline_first=30.0)
+    limits = Deadlines(floor=1.0, factor=5.0, first=30.0)
     began = time.monotonic()
-    assert digest(train(parts, params, RayPool(parts, 2, limits=limits), tmp_path, freeze, policy=limits)) == reference
+    assert digest(train(parts, params, RayPool(parts, 2, limits=limits), tmp_path, freeze)) == reference
     assert frozen
     assert time.monotonic() - began < 40
     assert Checkpoints(tmp_path / "checkpoints").newest().counts["retried"] >= 1
@@ -199,6 +199,52 @@ def test_a_worker_whose_code_raises_says_what(tmp_path: Path) -> None:
             driver.run()
     finally:
         pool.close()
+
+
+def test_losing_every_worker_late_in_a_run_only_costs_time(tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster import ray_pool
+
+    monkeypatch.setattr(ray_pool, "START_SECONDS", 15.0)  # shorter than the run, longer than a start
+    killed: list[int] = []
+
+    def kill(driver: Driver) -> None:
+        if not killed and driver.iteration >= 5:
+            time.sleep(15.0)  # as if much time had passed since the pool began
+            killed.append(joined(tmp_path)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    parts, params = assemble.recipe(sinusoid(tmp_path))
+    assert digest(train(parts, params, RayPool(parts, 1), tmp_path, kill)) == reference
+
+
+@dataclass(frozen=True)
+class Picky(Noisy):
+    """Raises in the first process that a file names: one broken worker among good ones."""
+
+    marker: str = ""
+
+    def gradient(self, meta, objective, data):
+        try:
+            with open(self.marker, "x") as f:
+                f.write(str(os.getpid()))
+        except FileExistsError:
+            pass
+        if Path(self.marker).read_text() == str(os.getpid()):
+            raise OSError("a broken disk")
+        return super().gradient(meta, objective, data)
+
+
+def test_a_shard_that_fails_on_one_worker_is_given_to_another(tmp_path: Path) -> None:
+    bits = []
+    for learner, local in ((Picky(marker=str(tmp_path / "marker")), False), (Noisy(), True)):
+        recipe = quadratic_recipe(learner=learner)
+        pool = LocalPool(recipe) if local else RayPool(recipe, 2)
+        try:
+            driver = Driver(recipe, start(), pool, tmp_path / str(local), iterations=3, meta_batch=8, shard=2, evaluation=FEW)
+            bits.append(digest(driver.run()))
+        finally:
+            pool.close()
+    assert bits[0] == bits[1]
 
 
 def test_a_dead_address_is_one_clear_sentence(tmp_path: Path) -> None:

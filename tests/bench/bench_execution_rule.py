@@ -60,7 +60,7 @@ def judge(title: str, model, loss: str, learner: MAML, data, tasks: int, modes=(
     fine = True
     for calls in (100, 100_000):
         total = {n: compile_s[n] + calls * call_s[n] for n in modes}
-        chosen, why = choose(activation_bytes=model.widest(data["query_x"][0]), device="cpu", inner_steps=learner.inner_steps,
+        chosen, _, why = choose(activation_bytes=model.widest(data["query_x"][0]), device="cpu", inner_steps=learner.inner_steps,
                              tasks_per_call=tasks, calls=calls, compiler=execution.has_compiler())  # fmt: skip
         best = min(total, key=total.__getitem__)
         good = chosen in total and total[chosen] <= SLACK * total[best]

@@ -1,18 +1,12 @@
-"""Checkpoints: msgpack, checksummed, written in one step; and the lease that keeps a run directory to one driver."""
+"""Checkpoints: msgpack, checksummed, written in one step."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
-import socket
 import struct
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +22,20 @@ MAGIC = b"METAFLEET-CKPT"
 VERSION = 1
 _HEAD = struct.Struct(f"<{len(MAGIC)}sHQ32s")  # magic, format version, payload bytes, SHA-256 of the payload
 LARGEST = 1 << 40  # bytes
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When a run saves itself."""
+
+    seconds: float = 60.0
+    """Time between checkpoints."""
+    keep: int = 3
+    """How many of the newest to keep, beside the best."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}: at least 1 wanted")
 
 
 @dataclass(frozen=True)
@@ -163,108 +171,3 @@ def load(path: Path) -> State:
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}")
     return decode(path.read_bytes(), str(path))
-
-
-class Fenced(RuntimeError):
-    """Another driver took this run over; this one must not write any more."""
-
-
-class Lease:
-    """Ownership of a run directory: `lease/N` for attempt N, made by exclusive creation, the highest being the owner.
-
-    The owner's file says who it is and is renewed every few seconds. Whoever comes while it is fresh is refused;
-    once it is stale (or its process is seen to be dead) the newcomer creates N + 1, and the old owner finds that
-    before its next write.
-    """
-
-    FRESH = 30.0  # seconds since the last renewal
-    RENEW = 5.0
-
-    def __init__(self, directory: Path) -> None:
-        self.folder = directory / "lease"
-        self.attempt = 0
-        self._checked = 0.0
-        self._stopped = threading.Event()
-
-    @contextmanager
-    def held(self, take_over: bool = False) -> Iterator[Lease]:
-        """Own the directory inside. Raises BlockingIOError while another driver does, unless `take_over`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._acquire(take_over)
-        renewal = threading.Thread(target=self._renew, daemon=True)
-        renewal.start()
-        try:
-            yield self
-        finally:
-            self._stopped.set()
-            renewal.join()
-            if self._highest() == self.attempt:
-                self._try_write(0.0)
-
-    def check(self, always: bool = True) -> None:
-        """Raise Fenced where a later attempt exists. Without `always`, look at most once a second."""
-        now = time.monotonic()
-        if not always and now - self._checked < 1.0:
-            return
-        self._checked = now
-        if self._highest() > self.attempt:
-            raise Fenced(f"{self.folder.parent} was taken over by attempt {self._highest()}; attempt {self.attempt} stops without writing")
-
-    def _acquire(self, take_over: bool) -> None:
-        highest = self._highest()
-        if highest and not take_over:
-            holder = self._holder(highest)
-            if holder and _alive(holder, self.FRESH):
-                raise BlockingIOError(
-                    f"{self.folder.parent} is in use by process {holder['pid']} on {holder['host']} (attempt {highest}); "
-                    "wait for it, or use --take-over if it is gone"
-                )
-        self.attempt = highest + 1
-        try:
-            os.close(os.open(self._path(self.attempt), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-        except FileExistsError as error:
-            raise BlockingIOError(f"{self.folder.parent} was just taken by another driver") from error
-        self._write(time.time())
-
-    def _renew(self) -> None:
-        while not self._stopped.wait(self.RENEW):
-            self._try_write(time.time())
-
-    def _try_write(self, renewed: float) -> None:
-        try:
-            self._write(renewed)
-        except OSError as error:  # a full disk must neither end a run that could still finish nor hide why one ended
-            log.warning("cannot renew the lease on %s (%s)", self.folder.parent, error)
-
-    def _write(self, renewed: float) -> None:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "renewed": renewed}
-        write_atomically(self._path(self.attempt), json.dumps(owner).encode())
-
-    def _holder(self, attempt: int) -> dict[str, Any]:
-        try:
-            holder = json.loads(self._path(attempt).read_text())
-        except (OSError, ValueError):
-            # Just created, not yet written: as fresh as the file.
-            age = time.time() - self._path(attempt).stat().st_mtime
-            return {"host": "?", "pid": 0, "renewed": time.time() - age}
-        return holder if isinstance(holder, dict) else {}
-
-    def _highest(self) -> int:
-        return max((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), default=0)
-
-    def _path(self, attempt: int) -> Path:
-        return self.folder / f"{attempt:06d}"
-
-
-def _alive(holder: dict[str, Any], fresh: float) -> bool:
-    if time.time() - float(holder["renewed"]) > fresh:
-        return False
-    if holder["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -89,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(words: list[str]) -> None:
     """Meta-train RUN, a preset's name (`metafleet list`) or a TOML file."""
-    from cluster import session
+    from cluster import flags, session
 
-    name, options, run = _configured("train", words, TrainOptions, train.__doc__ or "")
+    name, options, run = flags.configured("train", words, TrainOptions, train.__doc__ or "")
     label = re.sub(r"\W+", "-", Path(name).stem)
     directory = Path(options.dir) if options.dir else session.new_directory(label)
     if options.seeds < 1:
@@ -106,11 +106,11 @@ def train(words: list[str]) -> None:
 
 def resume(words: list[str]) -> None:
     """Go on with the run in DIR from its last good checkpoint. Keys that the numbers do not depend on may change."""
-    from cluster import session
+    from cluster import flags, session
 
-    directory, rest = _leading(words, "DIR")
+    directory, rest = flags.leading(words)
     path = session.configuration(Path(directory)) if directory else None
-    _, options, run = _configured("resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR")
+    _, options, run = flags.configured("resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR")
     session.train(run, Path(directory), take_over=options.take_over)
 
 
@@ -221,17 +221,17 @@ def list_(words: list[str]) -> None:
 
 def show(words: list[str]) -> None:
     """Print the resolved configuration of RUN as TOML: every key, defaults included."""
-    from cluster import config
+    from cluster import config, flags
 
-    _, _, run = _configured("show", words, NoOptions, show.__doc__ or "")
+    _, _, run = flags.configured("show", words, NoOptions, show.__doc__ or "")
     sys.stdout.write(config.to_toml(run))
 
 
 def check(words: list[str]) -> None:
     """Is RUN's meta-gradient what it claims to be? A few real tasks, in float64, against finite differences."""
-    from cluster import guard
+    from cluster import flags, guard
 
-    _, _, run = _configured("check", words, NoOptions, check.__doc__ or "")
+    _, _, run = flags.configured("check", words, NoOptions, check.__doc__ or "")
     verdict = guard.check(run)
     console.print(verdict.sentence, highlight=False)
     if not verdict.holds:
@@ -242,71 +242,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "resume": resume, "evaluate": evaluate, "compare": compare, "export": export,
     "list": list_, "show": show, "check": check, "status": status,
 }  # fmt: skip
-
-
-def _configured(command: str, words: list[str], options: type[T], description: str, shown: str = "RUN") -> tuple[str, T, Any]:
-    """(RUN, options, run) of `RUN --key value …`. The flags are those of the classes that RUN and --x.name choose."""
-    from cluster import config
-
-    name, rest = _leading(words, shown)
-    overrides, rest = _choices(rest)
-    run = config.load(name or "sinusoid", overrides)
-    if not name and not any(w in ("-h", "--help") for w in rest):
-        raise ValueError(
-            f"metafleet {command} wants a {shown} first, for example: metafleet {command} {'sinusoid' if shown == 'RUN' else 'runs/mine'}"
-        )
-    narrow = _narrowed(run)
-    flags: Any = dataclass(frozen=True)(type("Flags", (options, type(narrow)), {"__annotations__": {}}))
-    default = flags(**_values(options()), **_values(narrow))
-    parsed = tyro.cli(flags, args=rest, default=default, prog=f"metafleet {command} {name or shown}", description=description)
-    values = _values(parsed)
-    own = {k: values.pop(k) for k in _values(options())}
-    return name, options(**own), config.Run(**{k: _plain(v) for k, v in values.items()})
-
-
-def _narrowed(value: Any) -> Any:
-    """An equal dataclass whose fields are declared as the classes that stand in them, not as interfaces.
-
-    Flags can be made of the former only; `_plain` leads back.
-    """
-    inner = {name: _narrowed(child) for name, child in _values(value).items() if dataclasses.is_dataclass(child)}
-    if not inner:
-        return value
-    cls = type(value)
-    declared = {name: type(child) for name, child in inner.items()}
-    body = {"__annotations__": declared, "__doc__": cls.__doc__, "__post_init__": lambda self: None, "of": cls}
-    narrow: Any = dataclass(frozen=True)(type(cls.__name__, (cls,), body | inner))
-    return narrow(**(_values(value) | inner))
-
-
-def _values(value: Any) -> dict[str, Any]:
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-
-
-def _plain(value: Any) -> Any:
-    """Back from narrowed classes to the real ones."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    cls: Any = getattr(type(value), "of", type(value))
-    return cls(**{name: _plain(child) for name, child in _values(value).items()})
-
-
-def _choices(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Take `--learner.name reptile` and the like out of the words: they decide which flags there are."""
-    overrides: dict[str, str] = {}
-    rest = []
-    waiting = iter(words)
-    for word in waiting:
-        match = re.fullmatch(r"--((?:\w+\.)+name)(?:=(.*))?", word)
-        if match:
-            overrides[match[1]] = match[2] if match[2] is not None else next(waiting, "")
-        else:
-            rest.append(word)
-    return overrides, rest
-
-
-def _leading(words: list[str], what: str) -> tuple[str, list[str]]:
-    return (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
 
 
 def _parsed(command: str, cls: type[T], words: list[str]) -> T:

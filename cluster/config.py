@@ -14,7 +14,7 @@ import pydantic
 import tomli_w
 
 from cluster.catalog import CHOICES
-from cluster.driver import Checkpointing
+from cluster.checkpoint import Checkpointing
 from cluster.evaluate import Evaluation
 from cluster.policies import Policy, Synchronous
 from envs.base import TaskFamily

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from cluster import evaluate, policies, seeds, wire
-from cluster.checkpoint import Checkpoints, Fenced, Lease, State, write_atomically
+from cluster.checkpoint import Checkpointing, Checkpoints, State, write_atomically
 from cluster.dispatch import Dispatcher, RunStopped, Shards
 from cluster.evaluate import Evaluation, Pending
 from cluster.journal import Journal, unfinished
+from cluster.lease import Fenced, Lease
 from cluster.ledger import Ledger
 from cluster.messages import FleetEvent
 from cluster.monitor import Monitor
@@ -32,20 +33,6 @@ from learners.base import Meta, Params, pack
 log = logging.getLogger("metafleet")
 
 JOURNAL_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Checkpointing:
-    """When a run saves itself."""
-
-    seconds: float = 60.0
-    """Time between checkpoints."""
-    keep: int = 3
-    """How many of the newest to keep, beside the best."""
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"keep={self.keep}: at least 1 wanted")
 
 
 class Driver:

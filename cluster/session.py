@@ -17,12 +17,13 @@ from typing import Any, Literal, cast
 from rich.table import Table
 
 from cluster import assemble, catalog, config, monitor
-from cluster.checkpoint import Checkpoints, Lease, State, write_atomically
+from cluster.checkpoint import Checkpoints, State, write_atomically
 from cluster.config import Run
 from cluster.dispatch import Dispatcher
 from cluster.driver import Driver
 from cluster.evaluate import Curves, Pending
 from cluster.journal import Journal
+from cluster.lease import Lease
 from cluster.ledger import Ledger
 from cluster.worker import environment, set_up_torch
 from learners.objectives import NormMode

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import journal
-from cluster.checkpoint import Checkpoints, Fenced, Lease, State, decode, encode
+from cluster.checkpoint import Checkpoints, State, decode, encode
 from cluster.journal import Journal
+from cluster.lease import Fenced, Lease
 from learners.base import Meta
 
 

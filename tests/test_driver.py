@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cluster import journal, seeds
-from cluster.checkpoint import Checkpoints
+from cluster.checkpoint import Checkpointing, Checkpoints
 from cluster.dispatch import RunStopped
-from cluster.driver import Checkpointing, Driver, digest
+from cluster.driver import Driver, digest
 from cluster.evaluate import Curves, Evaluation
 from cluster.messages import Contribution, Event, Failure
 from cluster.policies import Synchronous

@@ -76,6 +76,9 @@ class Objective(Protocol):
     def to(self, device: str) -> Objective:
         """The same objective on another device."""
 
+    def summary(self) -> str:
+        """A few words on what is computed, for the table at the end of a run."""
+
 
 class Learner(Protocol):
     """A frozen dataclass: its fields are its hyper-parameters, its defaults the paper's."""

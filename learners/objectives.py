@@ -94,6 +94,11 @@ class Supervised:
         """The same objective on another device."""
         return replace(self, model=self.model.to(device))
 
+    def summary(self) -> str:
+        """Loss, and the normalisation mode where there is one."""
+        norm = f", norm {self.norm}" if self.model.normalises else ""
+        return f"{self.loss} ({self.scale}){norm}"
+
     def _own(self) -> Statistics:
         return Statistics("frozen") if self.norm == "frozen" else BATCH
 

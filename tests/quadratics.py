@@ -35,6 +35,9 @@ class Quadratic:
     def to(self, device: str) -> Quadratic:
         return self
 
+    def summary(self) -> str:
+        return "quadratic"
+
 
 def _half_square(theta: torch.Tensor, centre: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     d = theta - centre

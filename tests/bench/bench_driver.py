@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from cluster.messages import Assignment, Contribution, Event, FleetEvent
 from cluster.worker import Recipe, environment
 from learners.base import Params
 from learners.maml import MAML
+from tests.bench import timing
 from tests.bench.timing import machine, quiet
 from tests.quadratics import Quadratic, QuadraticTasks
 
@@ -67,19 +66,9 @@ def main() -> None:
 def measure(size: int, contributions: int, iterations: int) -> float:
     params = {f"p{i}": torch.zeros(size // 10) for i in range(10)}
     recipe = Recipe(QuadraticTasks(), MAML(), Quadratic())
-    times: list[float] = []
     driver = Driver(recipe, params, Instant(params), tempfile.mkdtemp(), iterations=iterations + 1, meta_batch=contributions, shard=1,
                     evaluation=Evaluation(every=10**9, tasks=1, validation_tasks=1, steps=0, pictures=0))  # fmt: skip
-    real = driver.iterate
-
-    def timed() -> None:
-        begin = time.perf_counter()
-        real()
-        times.append(time.perf_counter() - begin)
-
-    driver.iterate = timed  # type: ignore[method-assign]
-    driver.run()
-    return statistics.median(times[1:])
+    return timing.iteration_seconds(driver, leave_out=1)
 
 
 if __name__ == "__main__":

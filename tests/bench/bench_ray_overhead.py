@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from cluster.ray_pool import RayPool
 from cluster.worker import Recipe
 from learners.base import Data, Gradient, Meta, Objective
 from learners.maml import MAML
+from tests.bench import timing
 from tests.bench.timing import machine, quiet
 from tests.quadratics import Quadratic, QuadraticTasks
 
@@ -76,20 +76,11 @@ def main() -> None:
 
 
 def iteration_seconds(pool, recipe: Recipe, iterations: int) -> float:
-    times: list[float] = []
     driver = Driver(recipe, {"theta": torch.zeros(10_000)}, pool, tempfile.mkdtemp(), iterations=iterations + 2, meta_batch=4, shard=1,
                     evaluation=Evaluation(every=10**9, tasks=1, validation_tasks=1, steps=0, pictures=0))  # fmt: skip
-    real = driver.iterate
-
-    def timed() -> None:
-        begin = time.perf_counter()
-        real()
-        times.append(time.perf_counter() - begin)
-
-    driver.iterate = timed  # type: ignore[method-assign]
-    driver.run()
+    seconds = timing.iteration_seconds(driver, leave_out=2)
     pool.close()
-    return statistics.median(times[2:])
+    return seconds
 
 
 if __name__ == "__main__":

@@ -202,7 +202,8 @@ class Driver:
         results = {"iteration": self.iteration, "seed": self.recipe.seed, **curves.as_dict()}
         write_atomically(self.directory / "evaluation.json", json.dumps(results, indent=1).encode())
         title = f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {self.iteration} meta-iterations"
-        self.monitor.console.print(curves.table(title, self.recipe.summary()))
+        self.monitor.console.print(curves.table(title))
+        self.monitor.message(self.recipe.summary())
         self._picture()
         self.monitor.hparams(self._hparams, {f"{k}_{i}": float(v[i]) for k, v in curves.mean.items() for i in (0, -1)})
         self.monitor.message(f"tensorboard: {self.monitor.tensorboard}")

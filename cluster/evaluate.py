@@ -82,9 +82,9 @@ class Curves:
             "ci95": {k: v.tolist() for k, v in self.ci95.items()},
         }
 
-    def table(self, title: str, caption: str = "") -> Table:
+    def table(self, title: str) -> Table:
         """One row per inner step."""
-        table = Table(title=title, caption=caption)
+        table = Table(title=title)
         table.add_column("inner steps", justify="right")
         for name in self.mean:
             table.add_column(name.replace("_", " ", 1), justify="right")

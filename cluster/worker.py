@@ -45,11 +45,7 @@ class Recipe:
 
     def summary(self) -> str:
         """One line on what the numbers are of."""
-        modes = [
-            f"{k} {v}" for k, v in (("norm", getattr(self.objective, "norm", "")), ("scale", getattr(self.objective, "scale", ""))) if v
-        ]
-        parts = [repr(self.learner), *modes, "mean over tasks", self.execution, self.dtype, f"seed {self.seed}"]
-        return ", ".join(parts)
+        return f"{self.learner!r}, {self.objective.summary()}, mean over tasks, {self.execution}, {self.dtype}, seed {self.seed}"
 
     def verbs(self, objective: Objective) -> Mapping[str, Verb]:
         """The verbs every run has, and those of its outer step."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from cluster.driver import Driver
 from learners import kernels
 
 
@@ -38,6 +39,21 @@ def medians(candidates: Mapping[str, Callable[[], object]], rounds: int = 9) -> 
             call()
             times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def iteration_seconds(driver: Driver, leave_out: int) -> float:
+    """Median seconds of a driver's iterations, the first few left out; runs it to its end."""
+    times: list[float] = []
+    real = driver.iterate
+
+    def timed() -> None:
+        begin = time.perf_counter()
+        real()
+        times.append(time.perf_counter() - begin)
+
+    driver.iterate = timed  # type: ignore[method-assign]
+    driver.run()
+    return statistics.median(times[leave_out:])
 
 
 def ratios(title: str, seconds: Mapping[str, float], base: str, wanted: Mapping[str, float] | None = None) -> bool:

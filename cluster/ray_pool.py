@@ -27,6 +27,7 @@ IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never 
 START_SECONDS = 300.0  # without a single worker ready for this long, the pool gives up
 FETCH_SECONDS = 120.0  # a finished result, or a data file, that has not arrived after this long never will
 LONGEST_BACKOFF = 30.0
+INLINE = 256 << 10  # bytes of a broadcast that is sent with the first call of each worker, not by the object store
 REMEMBERED = 4096
 MEASURED = 64  # shard times per verb that the median is taken of
 
@@ -46,7 +47,7 @@ class _Actor:
         """Write a data file that the driver sent."""
         store.install(file, lambda path: path.write_bytes(content.tobytes()))
 
-    def run(self, message: bytes, at: Broadcast, operand: Broadcast | None) -> tuple[bytes, Vector]:
+    def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, Vector]:
         self._worker = self._worker or Worker(self._recipe, self._name)
         return self._worker.run(message, at, operand)
 
@@ -65,6 +66,8 @@ class _Remote:
     """When the first of `tickets` began to run."""
     known: set[str] = field(default_factory=set)
     """Verbs it has run: their next shard needs no compilation."""
+    holds: set[int] = field(default_factory=set)
+    """Handles of the broadcasts it was sent."""
 
 
 class RayPool:
@@ -107,7 +110,9 @@ class RayPool:
 
     def publish(self, value: Params) -> int:
         self._last_handle += 1
-        self._values[self._last_handle] = ray.put(wire.broadcast(value))
+        message = wire.broadcast(value)
+        # Small ones travel in the call itself, which spares the worker a visit to the object store.
+        self._values[self._last_handle] = message if message[1].nbytes <= INLINE else ray.put(message)
         return self._last_handle
 
     def release(self, handle: int) -> None:
@@ -118,14 +123,22 @@ class RayPool:
 
     def submit(self, assignment: Assignment) -> None:
         actor = self._choose(assignment)
-        operand = self._values[assignment.operand] if assignment.operand is not None else None
-        ref = actor.handle.run.remote(wire.encode_assignment(assignment), self._values[assignment.at], operand)
+        actor.holds = {h for h in actor.holds if h >= assignment.oldest}
+        at, operand = self._unsent(actor, assignment.at), self._unsent(actor, assignment.operand)
+        ref = actor.handle.run.remote(wire.encode_assignment(assignment), at, operand)
         if not actor.tickets:
             actor.since = time.monotonic()
         actor.tickets.append((assignment, ref))
         self._asked[assignment.ticket] = actor.name
         while len(self._asked) > REMEMBERED:
             self._asked.popitem(last=False)
+
+    def _unsent(self, actor: _Remote, handle: int | None) -> Any:
+        """The broadcast of `handle`, unless this actor was sent it before: its calls run in order, and it remembers."""
+        if handle is None or handle in actor.holds:
+            return None
+        actor.holds.add(handle)
+        return self._values[handle]
 
     def poll(self, timeout: float) -> list[Event]:
         self._replace_lost()

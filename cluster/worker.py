@@ -78,8 +78,11 @@ class Worker:
         self._values: dict[int, Params] = {}
         self._shards: OrderedDict[tuple[object, ...], Data] = OrderedDict()
 
-    def run(self, message: bytes, at: Broadcast, operand: Broadcast | None) -> tuple[bytes, Vector]:
-        """The encoded sum of an encoded assignment; `at` and `operand` are the broadcasts that it names."""
+    def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, Vector]:
+        """The encoded sum of an encoded assignment; `at` and `operand` are the broadcasts that it names.
+
+        One that this worker was sent before may be left out.
+        """
         begin = time.perf_counter()
         assignment = wire.decode_assignment(message)
         if assignment.verb not in self._verbs:
@@ -87,13 +90,13 @@ class Worker:
         verb = self._verbs[assignment.verb]
         self._forget(assignment.oldest)
         theta = self._value(assignment.at, at)
-        beside = self._value(assignment.operand, operand) if assignment.operand is not None and operand else {}
+        beside = self._value(assignment.operand, operand) if assignment.operand is not None else {}
         execution = self._light if verb.light else self._run
         result = execution.run(verb.run, theta, beside, self._shard(assignment, verb))
         return wire.encode_sum(assignment, self.name, time.perf_counter() - begin, result)
 
-    def _value(self, handle: int, message: Broadcast) -> Params:
-        if handle not in self._values:
+    def _value(self, handle: int, message: Broadcast | None) -> Params:
+        if message is not None and handle not in self._values:
             self._values[handle] = wire.received(message, self.recipe.device)
         return self._values[handle]
 

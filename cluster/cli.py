@@ -170,7 +170,7 @@ def compare(words: list[str]) -> None:
     for table in comparison.tables(groups):
         console.print(table)
     comparison.plot(groups, o.out)
-    console.print(f"plot: {o.out}", highlight=False)
+    console.print(f"plot: {o.out}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Monitor:
 
     def message(self, text: str) -> None:
         """A line for whoever watches."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def status(self, state: str, iteration: int, *, now: bool = False, **fields: Any) -> None:
         """Rewrite status.json, at most every two seconds unless `now`. A failure is no reason to stop."""

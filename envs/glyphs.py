@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from envs import store
 from envs.store import ImageSet, Index
 
-CURVE = 24  # points along a stroke
+CURVE = 60  # points along a stroke
+VERSION = "2"  # of the drawing: another one means draw again
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Glyphs:
         return f"glyphs-{self.characters}-{self.drawings}-{self.size}-{self.wobble:g}-{self.seed}"
 
     def prepare(self) -> None:
-        store.write_once(self._name, "1", self._draw)
+        store.write_once(self._name, VERSION, self._draw)
 
     def files(self) -> tuple[str, ...]:
         return store.files(self._name)
@@ -54,7 +55,7 @@ class Glyphs:
             "test": list(range(second, self.characters)),
         }
         starts = list(range(0, len(images) + 1, self.drawings))
-        return images[:, None], Index([f"glyph {i}" for i in range(self.characters)], starts, splits, "1")
+        return images[:, None], Index([f"glyph {i}" for i in range(self.characters)], starts, splits, VERSION)
 
     def _character(self, number: int) -> NDArray[np.uint8]:
         rng = np.random.default_rng([self.seed, number])

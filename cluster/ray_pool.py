@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -78,18 +78,16 @@ class RayPool:
     Ray's own restarts and retries are off: whether work is repeated is the driver's decision.
     """
 
-    environment: ClassVar[dict[str, str]] = {}
-    """Environment variables of the workers, where they should differ from the cluster's."""
-
     def __init__(self, recipe: Recipe, workers: int = 2, *, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
-                 address: str = "local", limits: Deadlines | None = None) -> None:  # fmt: skip
+                 address: str = "local", limits: Deadlines | None = None, variables: dict[str, str] | None = None) -> None:  # fmt: skip
+        """`variables`: environment variables of the workers, where they should differ from the cluster's."""
         if workers < 1:
             raise ValueError(f"workers={workers}: at least 1 wanted")
         self._limits = limits or Deadlines()
         self._started = ray_fleet.join(address, workers * cpus_per_worker, workers * gpus_per_worker)
         options: dict[str, Any] = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
-        if self.environment:
-            options["runtime_env"] = {"env_vars": self.environment}
+        if variables:
+            options["runtime_env"] = {"env_vars": variables}
         self._class: Any = ray.remote(**options)(_Actor)
         self._wanted = f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
         self._recipe = ray.put(recipe)
@@ -133,20 +131,13 @@ class RayPool:
         while len(self._asked) > REMEMBERED:
             self._asked.popitem(last=False)
 
-    def _unsent(self, actor: _Remote, handle: int | None) -> Any:
-        """The broadcast of `handle`, unless this actor was sent it before: its calls run in order, and it remembers."""
-        if handle is None or handle in actor.holds:
-            return None
-        actor.holds.add(handle)
-        return self._values[handle]
-
     def poll(self, timeout: float) -> list[Event]:
         self._replace_lost()
         if any(a.ready for a in self._actors):
             self._ready_at = time.monotonic()
         refs = [a.hello for a in self._actors if not a.ready] + [ref for a in self._actors for _, ref in a.tickets]
         if refs and not self._events:
-            ray.wait(refs, num_returns=1, timeout=self._patience(timeout), fetch_local=False)
+            ray.wait(refs, num_returns=1, timeout=self._patience(timeout))
         elif not refs:
             time.sleep(min(timeout, 0.05))
         for actor in list(self._actors):
@@ -264,6 +255,13 @@ class RayPool:
         self._respawn = [t for t in self._respawn if t > now]
         for _ in due:
             self._spawn()
+
+    def _unsent(self, actor: _Remote, handle: int | None) -> Any:
+        """The broadcast of `handle`, unless this actor was sent it before: its calls run in order, and it remembers."""
+        if handle is None or handle in actor.holds:
+            return None
+        actor.holds.add(handle)
+        return self._values[handle]
 
     def _choose(self, assignment: Assignment) -> _Remote:
         ready = [a for a in self._actors if a.ready and len(a.tickets) < IN_FLIGHT]

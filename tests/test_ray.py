@@ -177,8 +177,7 @@ def test_a_node_without_the_data_gets_it_from_the_driver(tmp_path: Path, monkeyp
     tasks.prepare()
     run = replace(config.load("glyphs"), task=tasks, execution="loop")
     parts, params = assemble.recipe(run)
-    monkeypatch.setattr(RayPool, "environment", {"METAFLEET_DATA": str(theirs)})
-    pool = RayPool(parts, 1)
+    pool = RayPool(parts, 1, variables={"METAFLEET_DATA": str(theirs)})
     try:
         driver = Driver(parts, params, pool, tmp_path / "run", iterations=2, meta_batch=4, shard=2, evaluation=FEW)
         remote = digest(driver.run())

@@ -55,7 +55,7 @@ def resolved(run: Run) -> tuple[Run, str]:
     if getattr(run.outer, "horizon", None) == 0:
         run = replace(run, outer=replace(run.outer, horizon=run.iterations))  # type: ignore[type-var]
     if run.execution != "auto":
-        return run, f"execution = {run.execution}, as configured"
+        return run, f"execution = {run.execution}, as the run says"
     task = run.task.sample("train", seeds.generator(run.seed, "train", 0, "task"))
     x = torch.from_numpy(task.get("query_x", task["support_x"]))
     mode, chunk, why = execution.choose(

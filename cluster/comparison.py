@@ -60,14 +60,13 @@ def plot(groups: list[Group], out: Path) -> None:
     measure = next(iter(groups[0].results[0]["mean"]))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for group in groups:
-        if measure in group.results[0]["mean"]:
-            mean, half = group.curve(measure)
-            (line,) = left.plot(mean, label=group.label)
-            left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, color=line.get_color())
+    for group in (g for g in groups if measure in g.results[0]["mean"]):
+        mean, half = group.curve(measure)
+        (line,) = left.plot(mean, label=group.label)
+        left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, color=line.get_color())
         for lines in group.validation:
-            right.plot([v["iteration"] for v in lines], [v["curve"][measure][-1] for v in lines if measure in v["curve"]],
-                       color=line.get_color(), alpha=0.7)  # fmt: skip
+            points = [(v["iteration"], v["curve"][measure][-1]) for v in lines if measure in v["curve"]]
+            right.plot([i for i, _ in points], [v for _, v in points], color=line.get_color(), alpha=0.7)
     name = measure.replace("_", " ", 1)
     left.set(xlabel="inner steps", ylabel=f"test {name} (95 % CI)")
     right.set(xlabel="meta-iterations", ylabel=f"validation {name}, last inner step")
@@ -89,7 +88,7 @@ def _group(members: list[Path], run: config.Run) -> Group:
 def _table(groups: list[Group], measure: str) -> Table:
     table = Table(title=f"test {measure.replace('_', ' ', 1)}: mean ± 95 % CI (over seeds where there are several, else over tasks)")
     for name in ("run", "seeds", "iterations", "step 0", "step 1", "last step"):
-        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name != "run")
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name == "run")
     for group in groups:
         if measure not in group.results[0]["mean"]:
             continue

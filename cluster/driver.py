@@ -225,6 +225,7 @@ class Driver:
         self.dispatcher.abandon()
         self._status(state, now=True)
         self._save_last(due)
+        self.monitor.message(f"checkpoint at iteration {due.iteration} in {self.directory}; `metafleet resume` goes on from there")
 
     @retry(retry=retry_if_exception_type(OSError), stop=stop_after_attempt(3), wait=wait_fixed(1), reraise=True)
     def _save_last(self, state: State | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +20,8 @@ from cluster.worker import Recipe
 from envs.base import Array, HasPicture, Predict, check_split
 from learners.base import Data, Meta, Objective, Params, pack
 from learners.objectives import NormMode
+
+log = logging.getLogger("metafleet")
 
 HIGHER_IS_BETTER = ("accuracy", "return")
 
@@ -60,6 +63,13 @@ class Curves:
     def of(cls, rows: dict[str, NDArray[np.float64]]) -> Curves:
         """From per-task values [tasks, steps + 1]."""
         tasks = len(next(iter(rows.values())))
+        if not all(np.isfinite(v).all() for v in rows.values()):
+            log.warning("adaptation diverged on some held-out tasks: their values are not finite")
+        with np.errstate(all="ignore"):
+            return cls._of(tasks, rows)
+
+    @classmethod
+    def _of(cls, tasks: int, rows: dict[str, NDArray[np.float64]]) -> Curves:
         spread = {k: v.std(0, ddof=1) if tasks > 1 else np.zeros(v.shape[1]) for k, v in rows.items()}
         return cls(tasks, {k: v.mean(0) for k, v in rows.items()}, {k: 1.96 * s / np.sqrt(tasks) for k, s in spread.items()})
 
@@ -89,8 +99,12 @@ class Curves:
         for name in self.mean:
             table.add_column(name.replace("_", " ", 1), justify="right")
         for step in range(len(next(iter(self.mean.values())))):
-            table.add_row(str(step), *(f"{self.mean[k][step]:.4f} ± {self.ci95[k][step]:.4f}" for k in self.mean))
+            table.add_row(str(step), *(f"{_number(self.mean[k][step])} ± {_number(self.ci95[k][step])}" for k in self.mean))
         return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
 class Pending:

@@ -23,6 +23,10 @@ def configured(command: str, words: list[str], options: type[T], description: st
         raise ValueError(
             f"metafleet {command} wants a {shown} first, for example: metafleet {command} {'sinusoid' if shown == 'RUN' else 'runs/mine'}"
         )
+    if not name:
+        description += (
+            " The keys below are those of the preset sinusoid: name a RUN to see its own; --learner.name and the like choose others."
+        )
     narrow = _narrowed(run)
     flags: Any = dataclass(frozen=True)(type("Flags", (options, type(narrow)), {"__annotations__": {}}))
     default = flags(**_values(options()), **_values(narrow))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -59,11 +60,12 @@ class Monitor:
         for tag, value in values.items():
             self._window.setdefault(tag, []).append(value)
         if iteration % self.every == 0 or iteration == self.iterations:
-            means = {tag: float(np.mean(v)) for tag, v in self._window.items()}
+            # Counters are not averaged: their last value is the one that is true.
+            means = {tag: v[-1] if tag.startswith("fleet/") else float(np.mean(v)) for tag, v in self._window.items()}
             self._window.clear()
             self.last |= means
             self._write(iteration, "train", means)
-        self._progress(iteration)
+        self._progress(iteration, values)
 
     def curve(self, iteration: int, split: str, curve: Mapping[str, NDArray[np.float64]]) -> None:
         """An adaptation curve: one value per inner step for each measure; steps 0, 1 and the last go to TensorBoard."""
@@ -136,13 +138,14 @@ class Monitor:
                 log.warning("TensorBoard's events end here (%s)", error.strerror)
             self._events_failed = True
 
-    def _progress(self, iteration: int) -> None:
-        note = "  ".join(f"{t.removeprefix('train/')} {self.last[t]:.4g}" for t in self.last if t.startswith("train/") and "loss" in t)
+    def _progress(self, iteration: int, values: Mapping[str, float]) -> None:
+        shown = {t: self.last.get(t, v) for t, v in values.items() if t.startswith("train/") and "loss" in t}
+        note = "  ".join(f"{t.removeprefix('train/')} {v:.4g}" for t, v in shown.items())
         if self._bar:
             self._bar.update(self._task, completed=iteration, note=note)
         elif time.monotonic() - self._plain_at > PLAIN_EVERY or iteration == self.iterations:
             self._plain_at = time.monotonic()
-            self.message(f"iteration {iteration}/{self.iterations}  {note}  ETA {self._eta(iteration):.0f} s")
+            self.message(f"iteration {iteration}/{self.iterations}  {note}  ETA {datetime.timedelta(seconds=round(self._eta(iteration)))}")
 
     def _eta(self, iteration: int) -> float:
         done = max(iteration - self._start, 1)

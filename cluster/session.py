@@ -40,7 +40,7 @@ def configuration(directory: Path) -> Path:
     """The resolved configuration of an existing run."""
     path = directory / CONFIGURATION
     if not path.exists():
-        raise FileNotFoundError(f"{directory} is not a run directory: it has no {CONFIGURATION}")
+        raise FileNotFoundError(f"{directory} has no {CONFIGURATION}: not a run directory, or one of a run made in Python")
     return path
 
 
@@ -76,13 +76,17 @@ def prepared(run: Run, directory: Path) -> Run:
     Raises ValueError where the directory holds another run.
     """
     path = directory / CONFIGURATION
-    if path.exists():
-        old: Run = config.load(str(path))
+    begun = Checkpoints(directory / "checkpoints").newest()
+    if begun and path.exists():
+        old = config.load(str(path))
         run = _as_before(run, old)
         config.check_resumable(old, run)
-        why = "as when the run began"
+        if run.iterations < begun.iteration:
+            raise ValueError(f"iterations={run.iterations}: {directory} is at iteration {begun.iteration} already")
+        _warn_of_schedule(run)
+        why = f"execution = {run.execution}, as when the run began"
     run.task.prepare()
-    if not path.exists():
+    if not begun:
         set_up_torch(run.threads, "cpu")
         run, why = assemble.resolved(run)
     monitor.log.info("%s", why)
@@ -127,8 +131,10 @@ def export(directory: Path, out: Path, checkpoint: str) -> list[str]:
     from safetensors.torch import save
 
     state = chosen(directory, checkpoint)
-    text = configuration(directory).read_text()
+    path = directory / CONFIGURATION
+    text = path.read_text() if path.exists() else ""
     tensors = {k: v.contiguous() for k, v in (state.meta.params | state.meta.slots).items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, save(tensors, {"metafleet": text, "iteration": str(state.iteration)}))
     return list(tensors)
 
@@ -204,6 +210,15 @@ def _as_before(run: Run, old: Run) -> Run:
     if getattr(run.outer, "horizon", None) == 0:
         run = replace(run, outer=replace(run.outer, horizon=getattr(old.outer, "horizon", 0)))  # type: ignore[type-var]
     return run
+
+
+def _warn_of_schedule(run: Run) -> None:
+    horizon = getattr(run.outer, "horizon", 0)
+    if getattr(run.outer, "schedule", "constant") != "constant" and run.iterations > horizon:
+        final = getattr(run.outer, "final_lr", 0.0)
+        monitor.log.warning(
+            "the outer rate's schedule ended at iteration %d, as fixed when the run began; from there on it is %g", horizon, final
+        )
 
 
 def _like(params: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:

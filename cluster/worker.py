@@ -118,6 +118,8 @@ def set_up_torch(threads: int, device: str) -> None:
     """Threads, memory and determinism, the same in the driver and in every worker."""
     torch.set_num_threads(threads)
     kernels.keep_freed_memory()
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but this torch sees no CUDA device; device='cpu' works everywhere")
     if device != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may pick another algorithm each time
         torch.use_deterministic_algorithms(True)

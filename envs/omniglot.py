@@ -57,6 +57,9 @@ class Omniglot:
         total = sum(count for _, count in ARCHIVES.values())
         if not 0 < self.train + self.validation < total:
             raise ValueError(f"train={self.train} + validation={self.validation} characters leave none of the {total} for test")
+        if self.folder:  # decoded before or not: a folder that is named must be one
+            for archive in ARCHIVES:
+                self._given(archive)
         store.write_once(self._name, "1", self._decode)
 
     def files(self) -> tuple[str, ...]:

@@ -43,6 +43,11 @@ class Sinusoid:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least} wanted")
 
+        for name in ("amplitude", "phase", "frequency"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}=({low}, {high}): the lower end first wanted")
+
     @property
     def kind(self) -> Literal["regression"]:
         return "regression"

@@ -163,7 +163,9 @@ def unpack(packed: Params) -> Meta:
     return Meta(parts["params"], parts["slots"])
 
 
-def check_steps(inner_steps: int) -> None:
-    """Raise ValueError for an inner loop of a negative number of steps."""
+def check_inner_loop(inner_lr: float, inner_steps: int) -> None:
+    """Raise ValueError for a negative rate or number of steps."""
+    if inner_lr < 0:
+        raise ValueError(f"inner_lr={inner_lr}: 0 or more wanted")
     if inner_steps < 0:
         raise ValueError(f"inner_steps={inner_steps}: 0 or more wanted")

@@ -10,7 +10,7 @@ import numpy as np
 
 from envs.base import Arrays
 from learners import inner, tree
-from learners.base import Data, Gradient, Learner, Meta, Objective, Params, check_steps
+from learners.base import Data, Gradient, Learner, Meta, Objective, Params, check_inner_loop
 from learners.derivative import differentiate
 from learners.optimisers import SGD
 
@@ -33,7 +33,7 @@ class MAML:
     """Patterns of the parameters that the inner loop moves."""
 
     def __post_init__(self) -> None:
-        check_steps(self.inner_steps)
+        check_inner_loop(self.inner_lr, self.inner_steps)
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
         return Meta(params, {})

@@ -60,6 +60,8 @@ class Supervised:
         return self._loss(self.model(params, x, self._own()), y, data)
 
     def query(self, params: Params, data: Data) -> Tensor:
+        if "query_x" not in data or "query_y" not in data:
+            raise ValueError(f"a task with query_x and query_y is wanted here, this one has {', '.join(data)}")
         return self._loss(self.predict(params, data, data["query_x"]), data["query_y"], data)
 
     def measure(self, params: Params, data: Data) -> Metrics:
@@ -110,6 +112,8 @@ class Supervised:
 
     def _loss(self, output: Tensor, target: Tensor, data: Data) -> Tensor:
         if self.loss == "mse":
+            if output.shape != target.shape:  # torch would broadcast, and learn nonsense
+                raise ValueError(f"targets of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}")
             return F.mse_loss(output, target)
         if self.scale == "mean":
             return F.cross_entropy(output, target)

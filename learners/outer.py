@@ -44,6 +44,11 @@ class Descent:
     clip_norm: float = 0.0
     """Scale G down to this norm; 0: do not."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "final_lr", "horizon", "clip_value", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: 0 or more wanted")
+
     def init(self, meta: Meta) -> Params:
         optimiser = self._optimiser().init(meta.params)
         return {"step": torch.zeros((), dtype=torch.float64)} | tree.with_prefix("optimizer", optimiser)

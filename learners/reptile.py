@@ -10,7 +10,7 @@ import numpy as np
 
 from envs.base import Arrays
 from learners import inner, tree
-from learners.base import Data, Gradient, Learner, Meta, Objective, Params, check_steps
+from learners.base import Data, Gradient, Learner, Meta, Objective, Params, check_inner_loop
 from learners.optimisers import SGD, Adam
 
 
@@ -38,7 +38,7 @@ class Reptile:
     """Patterns of the parameters that the inner loop moves."""
 
     def __post_init__(self) -> None:
-        check_steps(self.inner_steps)
+        check_inner_loop(self.inner_lr, self.inner_steps)
         if self.batch < 0 or self.test_batch < 0:
             raise ValueError(f"batch={self.batch}, test_batch={self.test_batch}: 0 (the whole support set) or more wanted")
 

@@ -158,6 +158,23 @@ def test_train_on_an_existing_directory_resumes_the_same_run_and_refuses_another
     assert "seed was 0 when this run began and is 3 now" in text
 
 
+def test_resuming_says_when_nothing_is_left_to_do_or_the_schedule_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metafleet("train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY)
+    assert "iterations=3: " in refusal(capsys, "resume", str(tmp_path / "r"), "--iterations", "3")
+    metafleet("resume", str(tmp_path / "r"), "--iterations", "8")
+    assert "the outer rate's schedule ended at iteration 6" in capsys.readouterr().err
+    # A first start that failed before anything was learnt does not bind the next.
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "run.toml").write_text((tmp_path / "r" / "run.toml").read_text().replace("seed = 0", "seed = 5"))
+    metafleet("train", "sinusoid", "--dir", str(tmp_path / "s"), *TINY)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_missing_gpu_is_one_clear_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = refusal(capsys, "train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY, "--device", "cuda")
+    assert "device='cuda', but this torch sees no CUDA device" in text
+
+
 def test_a_run_starts_from_the_theta_of_another(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metafleet("train", "sinusoid", "--dir", str(tmp_path / "w"), *TINY, "--init-from", str(finished), "--outer.lr", "0.0")
     ends = [Checkpoints(d / "checkpoints").newest() for d in (finished, tmp_path / "w")]
@@ -176,8 +193,12 @@ def test_a_run_starts_from_the_theta_of_another(finished: Path, tmp_path: Path, 
         (["train", "miniimagenet-5way-1shot"], "task.source.folder='' does not exist: a folder or a zip of images is wanted"),
         (["train", "glyphs", "--task.ways", "99", "--pool", "local"], "ways=99 exceeds the"),
         (["train", "sinusoid", "--seeds", "0"], "seeds=0: at least 1 wanted"),
-        (["resume", "nowhere"], "nowhere is not a run directory: it has no run.toml"),
-        (["evaluate", "nowhere"], "nowhere is not a run directory"),
+        (["train", "sinusoid", "--learner.inner-lr", "-1"], "inner_lr=-1.0: 0 or more wanted"),
+        (["train", "sinusoid", "--outer.lr", "-1"], "lr=-1.0: 0 or more wanted"),
+        (["train", "sinusoid", "--task.amplitude", "5", "0.1"], "amplitude=(5.0, 0.1): the lower end first wanted"),
+        (["train", "omniglot", "--task.source.folder", "nowhere"], "nowhere holds neither images_background.zip nor its unpacked folder"),
+        (["resume", "nowhere"], "nowhere has no run.toml: not a run directory, or one of a run made in Python"),
+        (["evaluate", "nowhere"], "nowhere has no run.toml"),
         (["status", "nowhere"], "nowhere has no status.json"),
         (["compare", "nowhere"], "nowhere has no evaluation.json"),
         (["export", "nowhere", "x"], "nowhere has no checkpoint yet"),

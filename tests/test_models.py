@@ -138,3 +138,12 @@ def test_images_too_small_for_four_halvings_are_refused() -> None:
         Conv4(halving="pool").build((1, 8, 8), 5)
     with pytest.raises(ValueError, match="Conv4 wants images"):
         Conv4().build((1,), 1)
+
+
+def test_targets_that_would_be_broadcast_and_missing_queries_are_refused() -> None:
+    model = functional(MLP().build((1,), 1))
+    objective = Supervised(model, "mse")
+    with pytest.raises(ValueError, match=r"targets of shape \(10,\) do not fit outputs of shape \(10, 1\)"):
+        objective.support(model.params(), {"support_x": torch.zeros(10, 1), "support_y": torch.zeros(10)}, 0)
+    with pytest.raises(ValueError, match="a task with query_x and query_y is wanted here, this one has support_x"):
+        objective.query(model.params(), {"support_x": torch.zeros(10, 1)})

@@ -9,8 +9,14 @@ from envs.image_folder import ImageFolder
 from envs.images import Episodes, ImageSource
 from envs.omniglot import Omniglot
 from envs.sinusoid import Sinusoid
+from learners.adml import ADML
+from learners.adversarial_querying import AdversarialQuerying
 from learners.base import Learner, Outer
+from learners.imaml import IMAML
 from learners.maml import MAML
+from learners.maml_plus_plus import MAMLPlusPlus
+from learners.meta_curvature import MetaCurvature
+from learners.meta_sgd import MetaSGD
 from learners.models import MLP, Conv4, ModelSpec
 from learners.outer import Descent
 from learners.reptile import Reptile
@@ -18,7 +24,10 @@ from learners.reptile import Reptile
 TASKS: dict[str, type] = {"sinusoid": Sinusoid, "episodes": Episodes}
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
 MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4}
-LEARNERS: dict[str, type] = {"maml": MAML, "reptile": Reptile}
+LEARNERS: dict[str, type] = {
+    "maml": MAML, "maml_plus_plus": MAMLPlusPlus, "meta_sgd": MetaSGD, "meta_curvature": MetaCurvature, "imaml": IMAML,
+    "reptile": Reptile, "adml": ADML, "adversarial_querying": AdversarialQuerying,
+}  # fmt: skip
 OUTERS: dict[str, type] = {"descent": Descent}
 POLICIES: dict[str, type] = {"synchronous": Synchronous}
 

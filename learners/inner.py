@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 from torch import Tensor
 
-from learners.base import Params
-from learners.derivative import differentiate
+from envs.base import Arrays
+from learners import tree
+from learners.base import Data, Gradient, Learner, Meta, Metrics, Objective, Params
+from learners.derivative import constant, differentiate, differentiate_with
 from learners.optimisers import Optimiser
 
 T = TypeVar("T")
 
 
-def path(
+class Point(NamedTuple):
+    """Where an inner loop stands after k steps."""
+
+    params: Params
+    """φ_k."""
+    state: Params
+    """The inner optimiser's state."""
+    losses: tuple[Tensor, ...]
+    """Support losses at φ₀ … φ_{k−1}."""
+
+
+def descend(
     loss: Callable[[Params, int], Tensor],
     theta: Params,
     steps: int,
@@ -24,20 +39,85 @@ def path(
     *,
     adapts: tuple[str, ...] = ("*",),
     again: bool,
-) -> Iterator[Params]:
-    """φ₀ = θ, then φ_{k+1} = optimiser(φ_k, ∇ loss(φ_k, k)), `steps` times.
+    direction: Callable[[Params, int], Params] = lambda grads, step: grads,
+    state: Params | None = None,
+) -> Iterator[Point]:
+    """φ₀ = θ, then φ_{k+1} = optimiser(φ_k, direction(∇ loss(φ_k, k), k)), `steps` times.
 
     Only parameters whose name matches a pattern of `adapts` move; the others stay θ's. `again`: φ will be
-    differentiated through (second order).
+    differentiated through (second order). `direction` turns gradients into what the optimiser descends (Meta-SGD:
+    α ∘ g). `state`: the optimiser's, where it does not begin anew.
     """
     moving, still = partition(theta, adapts)
-    state = optimiser.init(moving)
-    yield theta
+    state = optimiser.init(moving) if state is None else state
+    losses: tuple[Tensor, ...] = ()
+    yield Point(theta, state, losses)
     for step in range(steps):
-        grads, _ = differentiate(lambda p, step=step: loss(still | p, step), moving, again)  # type: ignore[misc]
-        moving, state = optimiser.update(moving, grads, state, lr)
+        grads, value = _inner_gradient(lambda p, step=step: loss(still | p, step), moving, again)  # type: ignore[misc]
+        losses = (*losses, value)
+        moving, state = optimiser.update(moving, direction(grads, step), state, lr)
         # In θ's order of names: what depends on the order (flattening, summing norms) must not depend on `adapts`.
-        yield {k: moving.get(k, v) for k, v in theta.items()}
+        yield Point({k: moving.get(k, v) for k, v in theta.items()}, state, losses)
+
+
+def _inner_gradient(loss: Callable[[Params], Tensor], at: Params, again: bool) -> tuple[Params, Tensor]:
+    grads, value = differentiate(loss, at, again)
+    return constant("inner gradient", lambda: grads), value
+
+
+class InnerLoop(ABC):
+    """What learners with an inner loop share; each says how it descends (`points`), and of which loss.
+
+    ∇θ L_Q(φ_K(θ)), over everything in `meta.params`, differentiated through `points`.
+    """
+
+    inner_steps: int
+    adapts: tuple[str, ...]
+
+    @abstractmethod
+    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
+        """φ₀ … φ_steps with all that goes with them."""
+
+    def outer_loss(self, meta: Meta, objective: Objective, data: Data) -> tuple[Tensor, Metrics]:
+        """What `gradient` differentiates, and scalars to log."""
+        end = last(self.points(meta, objective, data, self.inner_steps))
+        return objective.query(meta.slots | end.params, data), support_losses(end)
+
+    def init(self, params: Params, rng: np.random.Generator) -> Meta:
+        return Meta(params, {})
+
+    def draw(self, data: Arrays, rng: np.random.Generator, steps: int) -> Arrays:
+        return data
+
+    def path(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Params]:
+        return (point.params for point in self.points(meta, objective, data, steps))
+
+    def adapt(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Params:
+        return last(self.path(meta, objective, data, steps))
+
+    def gradient(self, meta: Meta, objective: Objective, data: Data) -> Gradient:
+        grads, loss, metrics = differentiate_with(lambda p: self.outer_loss(Meta(p, meta.slots), objective, data), meta.params)
+        return Gradient(grads, self.slots(meta, objective, data), {"query_loss": loss, "grad_norm": tree.norm(grads)} | metrics)
+
+    def slots(self, meta: Meta, objective: Objective, data: Data) -> Params:
+        """This task's new slots: the objective's."""
+        return meta.slots | objective.track(meta.slots | model_params(meta.params), data)
+
+    def claim(self) -> str:
+        return "second order"
+
+    def at_test(self) -> Learner:
+        return self
+
+
+def support_losses(point: Point) -> Metrics:
+    """The support loss at each inner step, to log."""
+    return {f"support_loss_step{k}": loss for k, loss in enumerate(point.losses)}
+
+
+def model_params(params: Params) -> Params:
+    """θ without what a learner has put beside it, which stands under `prefix/name`."""
+    return {k: v for k, v in params.items() if "/" not in k}
 
 
 def last(path: Iterator[T]) -> T:

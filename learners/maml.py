@@ -1,4 +1,4 @@
-"""MAML and its first-order variant (Finn, Abbeel, Levine 2017, Algorithms 1–2)."""
+"""MAML and its first-order variant (Finn, Abbeel, Levine 2017, Algorithms 1–2); ANIL and BOIL by what `adapts`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from envs.base import Arrays
-from learners import inner, tree
-from learners.base import Data, Gradient, Learner, Meta, Objective, Params, check_inner_loop
-from learners.derivative import differentiate
+from learners.base import Data, Meta, Objective, check_inner_loop
+from learners.inner import InnerLoop, Point, descend
 from learners.optimisers import SGD
 
 
 @dataclass(frozen=True)
-class MAML:
+class MAML(InnerLoop):
     """φ_{k+1} = φ_k − α ∇L_S(φ_k), φ₀ = θ;  ∇θ L_Q(φ_K) = [Π_k (I − α H_S(φ_k))]ᵀ ∇L_Q(φ_K).
 
     `order = 1` is FOMAML: the inner gradients are constants, so the product is dropped and ∇L_Q(φ_K) remains.
     α is in units of the objective's loss: a mean cross-entropy wants N times cbfinn's rate (see `Supervised`).
+
+    `adapts = ["head*"]` is ANIL (Raghu et al. 2020): the body is meta-learned and stands still inside, which puts
+    D = diag(0, α) in place of α. The complement, `adapts = ["block*"]` on Conv4, is BOIL (Oh et al. 2021).
     """
 
     inner_lr: float = 0.01
@@ -35,31 +34,11 @@ class MAML:
     def __post_init__(self) -> None:
         check_inner_loop(self.inner_lr, self.inner_steps)
 
-    def init(self, params: Params, rng: np.random.Generator) -> Meta:
-        return Meta(params, {})
-
-    def draw(self, data: Arrays, rng: np.random.Generator, steps: int) -> Arrays:
-        return data
-
-    def path(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Params]:
-        return inner.path(
+    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
+        return descend(
             lambda p, step: objective.support(meta.slots | p, data, step),
             meta.params, steps, SGD(), self.inner_lr, adapts=self.adapts, again=self.order == 2,
         )  # fmt: skip
 
-    def adapt(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Params:
-        return inner.last(self.path(meta, objective, data, steps))
-
-    def gradient(self, meta: Meta, objective: Objective, data: Data) -> Gradient:
-        grads, loss = differentiate(
-            lambda theta: objective.query(meta.slots | self.adapt(Meta(theta, meta.slots), objective, data, self.inner_steps), data),
-            meta.params,
-        )
-        slots = meta.slots | objective.track(meta.slots | meta.params, data)
-        return Gradient(grads, slots, {"query_loss": loss, "grad_norm": tree.norm(grads)})
-
     def claim(self) -> str:
         return "second order" if self.order == 2 else "first order"
-
-    def at_test(self) -> Learner:
-        return self

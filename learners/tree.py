@@ -25,6 +25,11 @@ def scale(factor: float | Tensor, a: Params) -> Params:
     return {k: factor * v for k, v in a.items()}
 
 
+def multiply(a: Params, b: Params) -> Params:
+    """a ∘ b, entry by entry."""
+    return {k: v * b[k] for k, v in a.items()}
+
+
 def apply(function: Callable[[Tensor], Tensor], a: Params) -> Params:
     """function(a), key by key."""
     return {k: function(v) for k, v in a.items()}

@@ -5,23 +5,34 @@ L_S = ½(θ−a)ᵀA(θ−a) and L_Q = ½(θ−b)ᵀB(θ−b). T1, T2 and the sc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from learners.base import Data, Metrics, Params
 
 
+@dataclass(frozen=True)
 class Quadratic:
-    """The objective; a task's data are A, a, B, b, or sequences A [k, n, n], a [k, n] of minibatches."""
+    """The objective; a task's data are A, a, B, b, or sequences A [k, n, n], a [k, n] of minibatches.
+
+    θ is the entries of the parameters `names`, one after the other.
+    """
+
+    names: tuple[str, ...] = ("theta",)
 
     def support(self, params: Params, data: Data, step: int) -> torch.Tensor:
         a, A = data["a"], data["A"]
         if A.ndim == 3:
             a, A = a[step], A[step]
-        return _half_square(params["theta"], a, A)
+        return _half_square(self._theta(params), a, A)
 
     def query(self, params: Params, data: Data) -> torch.Tensor:
-        return _half_square(params["theta"], data["b"], data["B"])
+        return _half_square(self._theta(params), data["b"], data["B"])
+
+    def _theta(self, params: Params) -> torch.Tensor:
+        return torch.cat([params[name].reshape(-1) for name in self.names])
 
     def measure(self, params: Params, data: Data) -> Metrics:
         return {"loss": self.query(params, data)}

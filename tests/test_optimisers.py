@@ -74,7 +74,7 @@ def test_clipping_bounds_entries_or_norm_and_leaves_small_gradients() -> None:
 def test_minibatches_use_every_example_equally_often() -> None:
     import numpy as np
 
-    rows = minibatches(10, 4, 5, np.random.default_rng(0))
+    rows = minibatches(np.arange(10), 4, 5, np.random.default_rng(0))
     assert rows.shape == (5, 4)
     assert np.bincount(rows.ravel(), minlength=10).tolist() == [2] * 10
     assert sorted(rows.ravel()[:10]) == list(range(10))

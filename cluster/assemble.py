@@ -41,7 +41,8 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
     )
     parts = Recipe(
         tasks=run.task, learner=run.learner, objective=objective, outer=run.outer, seed=run.seed,
-        evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps, execution=run.execution,
+        evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps,
+        robustness=run.evaluation.robustness if run.evaluation.robustness.eps else None, execution=run.execution,
         chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads,
     )  # fmt: skip
     return parts, network.params()

@@ -134,6 +134,10 @@ class Evaluate:
     """local or ray; empty: as the run did."""
     workers: int = 0
     """Ray actors; 0: as the run did."""
+    inner_lr: float | None = None
+    """Rate of the inner loop; default: the run's."""
+    eps: float | None = None
+    """Attack support and query within this ball (pixels: [0, 1]); default: as the run does; 0: do not."""
     json: Path | None = None
     """Write the numbers to this file."""
 
@@ -144,11 +148,14 @@ def evaluate(words: list[str]) -> None:
     from cluster.checkpoint import write_atomically
 
     o = _parsed("evaluate", Evaluate, words)
-    run, curves = session.evaluate(o.dir, tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
-                                   norms=o.norms, pool=o.pool, workers=o.workers)  # fmt: skip
+    run, curves, matrix = session.evaluate(o.dir, tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
+                                   norms=o.norms, pool=o.pool, workers=o.workers, inner_lr=o.inner_lr, eps=o.eps)  # fmt: skip
     console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
+    for table in matrix.tables() if matrix else ():
+        console.print(table)
     if o.json:
-        write_atomically(o.json, json.dumps(curves.as_dict(), indent=1).encode())
+        results = curves.as_dict() | ({"robustness": matrix.as_dict()} if matrix else {})
+        write_atomically(o.json, json.dumps(results, indent=1).encode())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from cluster import evaluate, policies, seeds, wire
+from cluster import evaluate, policies, robustness, seeds, wire
 from cluster.checkpoint import Checkpointing, Checkpoints, State, write_atomically
 from cluster.dispatch import Dispatcher, RunStopped, Shards
 from cluster.evaluate import Evaluation, Pending
@@ -26,9 +26,10 @@ from cluster.messages import FleetEvent
 from cluster.monitor import Monitor
 from cluster.policies import Policy, Step
 from cluster.pool import Pool
+from cluster.robustness import Matrix
 from cluster.worker import Recipe, environment, set_up_torch
 from learners import tree
-from learners.base import Meta, Params, pack
+from learners.base import HasRates, Meta, Params, pack
 
 log = logging.getLogger("metafleet")
 
@@ -178,6 +179,8 @@ class Driver:
     def _evaluate(self) -> None:
         """Evaluate the present θ on validation tasks, in the background."""
         self._collect(wait=True)
+        if isinstance(self.recipe.learner, HasRates):
+            self.monitor.distributions(self.iteration, "rate", self.recipe.learner.rates(self.meta.params))
         self._pending = Pending(self.dispatcher, self._snapshot(), "validation", self.evaluation.validation_tasks, self.shard)
 
     def _collect(self, *, wait: bool) -> None:
@@ -199,21 +202,33 @@ class Driver:
         curves = Pending(self.dispatcher, self._snapshot(), "test", self.evaluation.tasks, self.shard).result()
         self.lease.check()
         self.monitor.curve(self.iteration, "test", curves.mean)
+        matrix = self._robustness()
         results = {"iteration": self.iteration, "seed": self.recipe.seed, **curves.as_dict()}
+        results |= {"robustness": matrix.as_dict()} if matrix else {}
         write_atomically(self.directory / "evaluation.json", json.dumps(results, indent=1).encode())
         title = f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {self.iteration} meta-iterations"
-        self.monitor.console.print(curves.table(title))
+        for table in [curves.table(title), *(matrix.tables() if matrix else ())]:
+            self.monitor.console.print(table)
         self.monitor.message(self.recipe.summary())
-        self._picture()
+        self._picture("adaptation", lambda path: evaluate.picture(self.recipe, self.meta, path, self.evaluation.pictures))
+        self._picture("adversarial", lambda path: robustness.picture(self.recipe, self.meta, path))
         self.monitor.hparams(self._hparams, {f"{k}_{i}": float(v[i]) for k, v in curves.mean.items() for i in (0, -1)})
         self.monitor.message(f"tensorboard: {self.monitor.tensorboard}")
         self._status("finished", now=True)
 
-    def _picture(self) -> None:
-        path = self.directory / "adaptation.png"
+    def _robustness(self) -> Matrix | None:
+        if self.recipe.robustness is None:
+            return None
+        rows = Pending(self.dispatcher, self._snapshot(), "test", self.evaluation.tasks, self.shard, "robustness").rows()
+        matrix = Matrix.of(rows, self.recipe.evaluation_steps, self.recipe.robustness)
+        self.monitor.values(self.iteration, "test", {f"test/{k}": v for k, v in matrix.mean.items()})
+        return matrix
+
+    def _picture(self, name: str, draw: Callable[[Path], bool]) -> None:
+        path = self.directory / f"{name}.png"
         try:
-            if evaluate.picture(self.recipe, self.meta, path, self.evaluation.pictures):
-                self.monitor.picture(self.iteration, "test/adaptation", path)
+            if draw(path):
+                self.monitor.picture(self.iteration, f"test/{name}", path)
                 self.monitor.message(f"picture:     {path}")
         except (OSError, ValueError, RuntimeError) as error:
             log.warning("no picture (%s)", error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ from cluster.worker import Recipe
 from envs.base import Array, HasPicture, Predict, check_split
 from learners.base import Data, Meta, Objective, Params, pack
 from learners.objectives import NormMode
+from learners.robustness import Robustness
 
 log = logging.getLogger("metafleet")
 
@@ -40,6 +41,8 @@ class Evaluation:
     """Inner steps of the adaptation curve."""
     norms: tuple[NormMode, ...] = ()
     """Normalisation modes to report; empty: the mode of training."""
+    robustness: Robustness = field(default_factory=Robustness)
+    """Attacks on the test tasks of the final evaluation."""
     seed: int = 0
     """Seed of the held-out tasks, independent of the run's, so that runs compare."""
     pictures: int = 3
@@ -110,14 +113,14 @@ def _number(value: float) -> str:
 class Pending:
     """An evaluation under way in the background of a run."""
 
-    def __init__(self, dispatcher: Dispatcher, state: State, split: str, tasks: int, shard: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, state: State, split: str, tasks: int, shard: int, verb: str = "evaluate") -> None:
         check_split(split)
         self.state, self.tasks = state, tasks
         self._dispatcher = dispatcher
         self._at = dispatcher.publish(pack(*state.meta))
         # Equal shards throughout: the last one may hold tasks beyond the wanted number, dropped again below.
         shards = Shards(split, 0, -(-tasks // shard), shard)
-        self._round = dispatcher.start("evaluate", self._at, None, shards, background=True)
+        self._round = dispatcher.start(verb, self._at, None, shards, background=True)
 
     @property
     def done(self) -> bool:
@@ -126,9 +129,13 @@ class Pending:
 
     def result(self) -> Curves:
         """The curves; waits for them."""
+        return Curves.of(self.rows())
+
+    def rows(self) -> dict[str, NDArray[np.float64]]:
+        """Per-task values [tasks, …] of the verb; waits for them."""
         rows = self._dispatcher.finish(self._round).rows
         self._dispatcher.release(self._at)
-        return Curves.of({k: v[: self.tasks].double().numpy() for k, v in rows.items()})
+        return {k: v[: self.tasks].double().numpy() for k, v in rows.items()}
 
 
 @runtime_checkable

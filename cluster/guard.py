@@ -12,15 +12,21 @@ from torch import Tensor, nn
 from cluster import assemble
 from cluster.config import Run
 from learners import tree
-from learners.base import Data, Learner, Meta, Objective, Params, pack, unpack
+from learners.base import Data, Learner, Meta, Objective, Outer, Params, Sum, pack, unpack
+from learners.derivative import Kind, Tape
 from learners.execution import Execution
+from learners.imaml import IMAML
+from learners.inner import InnerLoop
 from learners.models import functional
 from learners.objectives import Supervised
+from learners.reptile import Reptile
 from learners.verbs import training_steps
 
 TASKS = 2
 TOLERANCE = 1e-5
 STEP = 1e-4
+SOLVED = 100  # steps after which an implicit learner's two iterations have converged
+STIFF = 1000.0  # λ above any curvature of a network with normalisation at its start, so that φ* is one point
 
 
 @dataclass(frozen=True)
@@ -45,31 +51,28 @@ def check(run: Run) -> Verdict:
         torch.manual_seed(run.seed)
         model = functional(smooth(run.model.build(run.task.inputs, run.task.outputs)).double())
     objective = replace(parts.objective, model=model)
-    learner, how = _differentiable(run.learner)
+    learner, how = _checkable(run.learner)
     parts = replace(parts, learner=learner, objective=objective)
     verb = parts.verbs(objective)["gradient"]
     tasks = [parts.tensors(parts.task("train", i, verb)) for i in range(TASKS)]
     stacked = {k: torch.stack([t[k] for t in tasks]) for k in tasks[0]}
     meta = learner.init(model.params(), np.random.default_rng(run.seed))
-    meta = Meta(meta.params, tree.apply(Tensor.double, objective.slots()) | meta.slots)
-    grads = unpack(Execution(parts.execution, parts.chunk).run(verb.run, pack(*meta), {}, stacked).total).params
+    meta = Meta(meta.params, tree.apply(Tensor.double, objective.slots() | meta.slots))
+    result = Execution(parts.execution, parts.chunk).run(verb.run, pack(*meta), {}, stacked)
+    grads = unpack(result.total).params
     generator = torch.Generator().manual_seed(run.seed)
     direction = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in meta.params.items()}
     direction = tree.scale(1 / tree.norm(direction), direction)
-    got = float(tree.dot(grads, direction))
-    claims = {
-        name: sum(claim(learner, objective, meta, t, direction) for t in tasks)
-        for name, claim in CLAIMS.items()
-        if (name == DELTA) == (learner.claim() == DELTA)
-    }
+    got, claimed = float(tree.dot(grads, direction)), learner.claim()
+    claims = {name: sum(CLAIMS[name](learner, objective, meta, t, direction) for t in tasks) for name in _rivals(claimed)}
     errors = {name: abs(got - wanted) / max(abs(wanted), 1e-12) for name, wanted in claims.items()}
-    claimed = learner.claim()
     others = "".join(f"; it is {errors[n]:.0e} away from {n}" for n in errors if n != claimed)
-    holds = errors[claimed] < TOLERANCE
+    reduction = _reduction(run.outer, meta, result)
+    holds = errors[claimed] < TOLERANCE and reduction == "mean"
     sentence = (
         f"{'OK' if holds else 'WRONG'}: the summed gradient of {type(run.learner).__name__}{how} over {TASKS} tasks "
         f"(norm {run.objective.norm}, scale {run.objective.scale}, {parts.execution}, float64) is {claimed}: "
-        f"relative error {errors[claimed]:.0e} against finite differences{others}. The outer step takes the mean over tasks."
+        f"relative error {errors[claimed]:.0e} against finite differences{others}. The outer step takes the {reduction} over tasks."
     )
     return Verdict(holds, sentence)
 
@@ -85,42 +88,82 @@ def smooth(module: nn.Module) -> nn.Module:
     return module
 
 
-DELTA = "θ − φ"
 Claim = Callable[[Learner, Objective, Meta, Data, Params], float]
 
 
-def _second_order(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params) -> float:
-    """d · ∇θ L_Q(φ(θ))."""
+def _through(*constants: Kind) -> Claim:
+    """d · ∇ of the learner's own outer loss, with these quantities held at what they are at θ."""
+
+    def claim(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params) -> float:
+        assert isinstance(learner, InnerLoop)
+        tape = Tape(frozenset(constants))
+
+        def loss(params: Params) -> Tensor:
+            with tape.running(), torch.no_grad():
+                return learner.outer_loss(Meta(params, meta.slots), objective, data)[0]
+
+        loss(meta.params)  # records
+        return _slope(loss, meta.params, d)
+
+    return claim
+
+
+def _implicit(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params) -> float:
+    """d · ∇θ L_Q(φ*(θ)), with φ* the end of the inner loop."""
     steps = training_steps(learner)
     return _slope(lambda p: objective.query(meta.slots | learner.adapt(Meta(p, meta.slots), objective, data, steps), data), meta.params, d)
 
 
-def _first_order(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params) -> float:
-    """d · ∇φ L_Q(φ)."""
-    phi = learner.adapt(meta, objective, data, training_steps(learner))
-    return _slope(lambda p: objective.query(meta.slots | p, data), phi, d)
-
-
 def _interpolation(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params) -> float:
     """d · (θ − φ) = α Σ_k d · ∇L_S(φ_k) for plain gradient descent inside."""
-    phis = list(learner.path(meta, objective, data, training_steps(learner)))[:-1]
+    return sum(_step(learner, objective, meta, data, d, k) for k in range(training_steps(learner)))
+
+
+def _last_step(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params) -> float:
+    """d · (φ_{K−1} − φ_K) = α d · ∇L_S(φ_{K−1})."""
+    return _step(learner, objective, meta, data, d, training_steps(learner) - 1)
+
+
+def _step(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params, k: int) -> float:
+    steps = training_steps(learner)
+    phi = list(learner.path(meta, objective, data, steps))[k]
+    if "last_batch" in data and k == steps - 1:
+        data, k = data | {"batches": data["last_batch"]}, 0
     lr = float(getattr(learner, "inner_lr"))  # noqa: B009 - a Learner need not have one; those of this claim do
-    slopes = [_slope(lambda p, k=k: objective.support(meta.slots | p, data, k), phi, d) for k, phi in enumerate(phis)]  # type: ignore[misc]
-    return lr * sum(slopes)
+    return lr * _slope(lambda p: objective.support(meta.slots | p, data, k), phi, d)
 
 
 CLAIMS: dict[str, Claim] = {
-    "second order": _second_order,
-    "first order": _first_order,
-    DELTA: _interpolation,
+    "second order": _through("attack"),
+    "first order": _through("attack", "inner gradient"),
+    "implicit": _implicit,
+    "θ − φ": _interpolation,
+    "φ′ − φ": _last_step,
 }
 
 
-def _differentiable(learner: Learner) -> tuple[Learner, str]:
-    """With plain gradient descent inside, for which θ − φ is a sum of gradients."""
-    if getattr(learner, "inner_optimizer", "sgd") == "sgd":
-        return learner, ""
-    return replace(learner, inner_optimizer="sgd"), " (checked with SGD inside)"  # type: ignore[type-var]
+def _rivals(claimed: str) -> list[str]:
+    """The claim, and those that it is mistaken for."""
+    rivals = {"second order": "first order", "first order": "second order", "implicit": "first order", "θ − φ": "φ′ − φ", "φ′ − φ": "θ − φ"}
+    return [claimed, rivals[claimed]]
+
+
+def _checkable(learner: Learner) -> tuple[Learner, str]:
+    """The learner where its claim is a statement about derivatives, and a note on what was changed for that."""
+    if isinstance(learner, Reptile) and learner.inner_optimizer != "sgd":
+        return replace(learner, inner_optimizer="sgd", moments="reset"), " (checked with SGD inside)"
+    if isinstance(learner, IMAML):
+        solved = replace(learner, inner_steps=SOLVED, solver_steps=SOLVED, proximal=STIFF, inner_lr=1 / STIFF)
+        return solved, f" (checked where the inner problem is convex: proximal {STIFF:g}, solved)"
+    return learner, ""
+
+
+def _reduction(outer: Outer, meta: Meta, result: Sum) -> str:
+    """What the step makes of the sum over tasks: the mean if a batch of everything twice moves nothing."""
+    twice = Sum(tree.scale(2.0, result.total), 2 * result.weight, result.rows)
+    ends = [outer.step(meta, outer.init(meta), lambda verb, operand, s=s: s) for s in (result, twice)]  # type: ignore[misc]
+    moved = [pack(end.params, state) for end, state, _ in ends]
+    return "mean" if all(torch.equal(v, moved[1][k]) for k, v in moved[0].items()) else "sum"
 
 
 def _slope(loss: Callable[[Params], Tensor], at: Params, d: Params) -> float:

@@ -23,6 +23,7 @@ from cluster.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 log = logging.getLogger("metafleet")
 
@@ -77,6 +78,17 @@ class Monitor:
         }
         self.last |= flat
         self._write(iteration, split, flat, {name: [float(v) for v in values] for name, values in curve.items()})
+
+    def values(self, iteration: int, kind: str, values: Mapping[str, float]) -> None:
+        """Scalars that come once, not every iteration."""
+        self.last |= values
+        self._write(iteration, kind, values)
+
+    def distributions(self, iteration: int, tag: str, tensors: Mapping[str, Tensor]) -> None:
+        """A histogram per name."""
+        with self._events():
+            for name, tensor in tensors.items():
+                self._writer.add_histogram(f"{tag}/{name}", tensor.detach().cpu().numpy(), iteration)
 
     def picture(self, iteration: int, tag: str, path: Path) -> None:
         """A PNG file, shown in TensorBoard."""

@@ -25,6 +25,7 @@ from cluster.evaluate import Curves, Pending
 from cluster.journal import Journal
 from cluster.lease import Lease
 from cluster.ledger import Ledger
+from cluster.robustness import Matrix
 from cluster.worker import environment, set_up_torch
 from learners.objectives import NormMode
 
@@ -95,20 +96,30 @@ def prepared(run: Run, directory: Path) -> Run:
 
 
 def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", checkpoint: str = "newest",
-             norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0) -> tuple[Run, Curves]:  # fmt: skip
-    """Adaptation curves of a run's θ."""
+             norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0, inner_lr: float | None = None,
+             eps: float | None = None) -> tuple[Run, Curves, Matrix | None]:  # fmt: skip
+    """Adaptation curves of a run's θ, and its accuracy under attacks of `eps`."""
     run = config.load(str(configuration(directory)))
     if pool not in ("", "local", "ray"):
         raise ValueError(f"pool={pool!r} is not one of local, ray")
-    evaluation = replace(run.evaluation, tasks=tasks, steps=steps, norms=norms or run.evaluation.norms)
+    how = run.evaluation.robustness if eps is None else replace(run.evaluation.robustness, eps=eps)
+    evaluation = replace(run.evaluation, tasks=tasks, steps=steps, norms=norms or run.evaluation.norms, robustness=how)
     run = replace(run, workers=workers or run.workers, evaluation=evaluation)
+    if inner_lr is not None:
+        if not hasattr(run.learner, "inner_lr"):
+            raise ValueError(f"inner_lr={inner_lr}: {type(run.learner).__name__} has no such rate to set")
+        run = replace(run, learner=replace(run.learner, inner_lr=inner_lr))  # type: ignore[type-var]
     run = replace(run, pool=cast(Literal["ray", "local"], pool)) if pool else run
     state = chosen(directory, checkpoint)
     run.task.prepare()
     parts, _ = assemble.recipe(run)
     with assemble.pool(run, parts) as fleet:
         dispatcher = Dispatcher(fleet, Ledger(_Unwritten()), max_attempts=run.policy.max_attempts)
-        return run, Pending(dispatcher, state, split, tasks, run.shard).result()
+        curves = Pending(dispatcher, state, split, tasks, run.shard).result()
+        if parts.robustness is None:
+            return run, curves, None
+        rows = Pending(dispatcher, state, split, tasks, run.shard, "robustness").rows()
+        return run, curves, Matrix.of(rows, steps, parts.robustness)
 
 
 def chosen(directory: Path, checkpoint: str) -> State:

@@ -22,6 +22,7 @@ from learners import kernels, verbs
 from learners.base import Data, Learner, Objective, Outer, Params, Verb
 from learners.execution import Execution, Mode
 from learners.outer import Descent
+from learners.robustness import Robustness
 
 REMEMBERED_SHARDS = 4
 
@@ -37,6 +38,7 @@ class Recipe:
     seed: int = 0
     evaluation_seed: int = 0
     evaluation_steps: int = 10
+    robustness: Robustness | None = None
     execution: Mode = "loop"
     chunk: int = 0
     dtype: Literal["float32", "float64"] = "float32"
@@ -49,7 +51,7 @@ class Recipe:
 
     def verbs(self, objective: Objective) -> Mapping[str, Verb]:
         """The verbs every run has, and those of its outer step."""
-        standard = verbs.standard(self.learner, objective, self.evaluation_steps)
+        standard = verbs.standard(self.learner, objective, self.evaluation_steps, self.robustness)
         return {**standard, **self.outer.verbs(self.learner, objective)}
 
     def task(self, split: str, index: int, verb: Verb) -> Arrays:

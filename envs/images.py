@@ -11,6 +11,7 @@ from envs.base import Array, Arrays, Predict, check_split
 from envs.store import ImageSet
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -129,10 +130,38 @@ class Episodes:
             for axis, image, color in [(axes[label, 0], support, "black")] + [
                 (axes[label, 1 + i], task["query_x"][row], "green" if guesses[row] == label else "red") for i, row in enumerate(rows)
             ]:
-                axis.imshow(image.squeeze(0) if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray_r")
-                axis.set(xticks=[], yticks=[])
-                for edge in axis.spines.values():
-                    edge.set(color=color, linewidth=2)
+                _show(axis, image, color)
+
+
+def beside(clean: Array, attacked: Array, truth: Array, before: Array, after: Array, *, title: str, shown: int = 10) -> Figure:
+    """Clean images, attacked ones and their difference in three rows; frames green where predicted right, else red.
+
+    `before` and `after` are predictions for the clean and the attacked images. Images are spread over the classes.
+    """
+    from matplotlib.figure import Figure
+
+    picked = np.linspace(0, len(truth) - 1, min(shown, len(truth))).round().astype(int)
+    figure = Figure(figsize=(1.1 * len(picked), 3.8), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(3, len(picked), squeeze=False)
+    rows = [("clean", clean, before), ("attacked", attacked, after), ("difference", np.subtract(attacked, clean, dtype=np.float64), None)]
+    for line, (name, images, guesses) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(name, fontsize=8)
+        limit = max(float(np.abs(images).max()), 1e-12)
+        for axis, i in zip(line, picked, strict=True):
+            if guesses is None:
+                axis.imshow(images[i].mean(0), cmap="bwr", vmin=-limit, vmax=limit)
+            else:
+                _show(axis, images[i], "green" if guesses[i] == truth[i] else "red")
+            axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def _show(axis: Axes, image: Array, color: str) -> None:
+    axis.imshow(image.squeeze(0) if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
+    axis.set(xticks=[], yticks=[])
+    for edge in axis.spines.values():
+        edge.set(color=color, linewidth=2)
 
 
 def _flat(x: Array) -> Array:

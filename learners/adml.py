@@ -64,5 +64,9 @@ class ADML(MAML):
         metrics = {"clean_query_loss": clean_loss, "adversarial_query_loss": attacked_loss}
         return w * clean_loss + (1 - w) * attacked_loss, metrics | support_losses(clean)
 
+    def passes(self) -> int:
+        """Two arms of MAML, an attack at each inner step of one of them, and one on the query."""
+        return 2 * super().passes() + (self.inner_steps + 1) * self.attack.steps
+
     def at_test(self) -> Learner:
         return replace(self, attack=replace(self.attack, random_start=False))

@@ -35,5 +35,9 @@ class AdversarialQuerying(MAML):
         phi = meta.slots | end.params
         return objective.query(phi, attacked_query(self.attack, objective, phi, data)), support_losses(end)
 
+    def passes(self) -> int:
+        """MAML's, and the attack's."""
+        return super().passes() + self.attack.steps
+
     def at_test(self) -> Learner:
         return replace(self, attack=replace(self.attack, random_start=False))

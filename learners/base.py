@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -101,8 +101,19 @@ class Learner(Protocol):
     def claim(self) -> str:
         """What `gradient` gives: "second order", "first order" or "θ − φ"; the gradient guard holds it to that."""
 
+    def passes(self) -> int:
+        """Backward passes that `gradient` takes over a support or query set: what equal budgets are counted in."""
+
     def at_test(self) -> Learner:
         """The learner as it adapts at meta-test (another minibatch, other rates); usually itself."""
+
+
+@runtime_checkable
+class HasRates(Protocol):
+    """A learner that learns its inner rates."""
+
+    def rates(self, params: Params) -> Params:
+        """The rates by parameter, to look at."""
 
 
 VerbFunction: TypeAlias = Callable[[Params, Params, Data], Share]

@@ -68,5 +68,9 @@ class IMAML(InnerLoop):
         metrics = {"query_loss": query_loss, "grad_norm": tree.norm(grads), "solver_residual": residual}
         return Gradient(grads, self.slots(meta, objective, data), metrics | support_losses(end))
 
+    def passes(self) -> int:
+        """K inner gradients, the query's, and one with as many products for the linear system."""
+        return self.inner_steps + 2 + self.solver_steps
+
     def claim(self) -> str:
         return "implicit"

@@ -106,6 +106,10 @@ class InnerLoop(ABC):
     def claim(self) -> str:
         return "second order"
 
+    def passes(self) -> int:
+        """K inner gradients, as many more to differentiate through them, and the query's."""
+        return self.inner_steps * (2 if self.claim() == "second order" else 1) + 1
+
     def at_test(self) -> Learner:
         return self
 

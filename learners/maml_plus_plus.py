@@ -104,6 +104,10 @@ class MAMLPlusPlus(InnerLoop):
         rates = tree.under(RATE, params)
         return rates if self.learn_rates else tree.apply(Tensor.detach, rates)
 
+    def passes(self) -> int:
+        """While the multi-step loss lasts: K inner gradients, as many more to differentiate through them, and K queries'."""
+        return 3 * self.inner_steps if self.multi_step_epochs else 2 * self.inner_steps + 1
+
     def claim(self) -> str:
         return "second order" if self.second_order_from == 0 else "first order"
 

@@ -65,10 +65,13 @@ class Supervised:
         return self._loss(self.predict(params, data, data["query_x"]), data["query_y"], data)
 
     def measure(self, params: Params, data: Data) -> Metrics:
-        modes = self.report or (self.norm,)
+        return {name: value for view in self.views() for name, value in view._scores(params, data).items()}
+
+    def views(self) -> list[Supervised]:
+        """This objective once for each mode that `measure` reports, in that mode."""
         if not self.model.normalises:
-            return self._scores(params, data)
-        return {f"{name}_{mode}": value for mode in modes for name, value in replace(self, norm=mode)._scores(params, data).items()}
+            return [self]
+        return [replace(self, norm=mode, report=(mode,)) for mode in self.report or (self.norm,)]
 
     def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
         """Outputs [n, …] of the model adapted to `data`'s support, in this objective's normalisation mode."""
@@ -122,7 +125,8 @@ class Supervised:
 
     def _scores(self, params: Params, data: Data) -> Metrics:
         output, target = self.predict(params, data, data["query_x"]), data["query_y"]
+        mode = f"_{self.norm}" if self.model.normalises else ""
         if self.loss == "mse":
-            return {"mse": F.mse_loss(output, target)}
+            return {f"mse{mode}": F.mse_loss(output, target)}
         right = (output.argmax(-1) == target).to(output.dtype)
-        return {"accuracy": right.mean(), "loss": F.cross_entropy(output, target)}
+        return {f"accuracy{mode}": right.mean(), f"loss{mode}": F.cross_entropy(output, target)}

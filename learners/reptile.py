@@ -95,6 +95,10 @@ class Reptile(InnerLoop):
             delta, self.slots(meta, objective, data) | moments, metrics | {"delta_norm": tree.norm(delta)} | support_losses(points[-1])
         )
 
+    def passes(self) -> int:
+        """K inner gradients."""
+        return self.inner_steps
+
     def claim(self) -> str:
         return "θ − φ" if self.update == "delta" else "φ′ − φ"
 

@@ -7,10 +7,13 @@ import torch
 
 from envs.base import Arrays
 from learners.base import Data, Learner, Objective, Params, Share, Verb, Verbs, pack, unpack
+from learners.objectives import Supervised
+from learners.robustness import Robustness
+from learners.robustness import verb as robust
 
 
-def standard(learner: Learner, objective: Objective, evaluation_steps: int) -> Verbs:
-    """`gradient`, the learner's contribution to the outer step, and `evaluate`, its adaptation curve."""
+def standard(learner: Learner, objective: Objective, evaluation_steps: int, robustness: Robustness | None = None) -> Verbs:
+    """`gradient`, the learner's contribution to the outer step; `evaluate`, its adaptation curve; `robustness` if asked for."""
     tester = learner.at_test()
 
     def gradient(at: Params, operand: Params, data: Data) -> Share:
@@ -29,7 +32,10 @@ def standard(learner: Learner, objective: Objective, evaluation_steps: int) -> V
     def draw_test(data: Arrays, rng: np.random.Generator) -> Arrays:
         return tester.draw(data, rng, evaluation_steps)
 
-    return {"gradient": Verb(gradient, draw), "evaluate": Verb(evaluate, draw_test, light=True)}
+    verbs = {"gradient": Verb(gradient, draw), "evaluate": Verb(evaluate, draw_test, light=True)}
+    if robustness is not None and isinstance(objective, Supervised):
+        verbs["robustness"] = robust(tester, objective, evaluation_steps, robustness, draw_test)
+    return verbs
 
 
 def training_steps(learner: Learner) -> int:

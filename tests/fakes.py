@@ -106,6 +106,9 @@ class Noisy:
     def claim(self):
         return "first order"
 
+    def passes(self):
+        return 1
+
     def at_test(self):
         return self
 

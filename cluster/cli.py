@@ -26,7 +26,7 @@ USAGE = """metafleet — distributed meta-training on Ray
   metafleet train RUN [--dir DIR] [--seeds N] [--key value ...]   meta-train; RUN is a preset or a TOML file
   metafleet resume DIR [--key value ...]                          go on from the last good checkpoint
   metafleet evaluate DIR [--tasks 600] [--steps 10]               adaptation curve on held-out tasks
-  metafleet compare DIR [DIR ...]                                 table and plot across runs and seeds
+  metafleet compare DIR [DIR ...] | RUN                           table and plot across runs; RUN: train its runs first
   metafleet export DIR OUT.safetensors                            θ for use with plain torch
   metafleet list                                                  presets, tasks, models, learners
   metafleet show RUN [--key value ...]                            the resolved configuration as TOML
@@ -148,36 +148,52 @@ def evaluate(words: list[str]) -> None:
     from cluster.checkpoint import write_atomically
 
     o = _parsed("evaluate", Evaluate, words)
-    run, curves, matrix = session.evaluate(o.dir, tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
+    run, results = session.evaluate(o.dir, tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
                                    norms=o.norms, pool=o.pool, workers=o.workers, inner_lr=o.inner_lr, eps=o.eps)  # fmt: skip
+    curves, matrix = results.curves, results.matrix
     console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
     for table in matrix.tables() if matrix else ():
         console.print(table)
     if o.json:
-        results = curves.as_dict() | ({"robustness": matrix.as_dict()} if matrix else {})
-        write_atomically(o.json, json.dumps(results, indent=1).encode())
+        content = curves.as_dict() | ({"robustness": matrix.as_dict()} if matrix else {})
+        write_atomically(o.json, json.dumps(content, indent=1).encode())
 
 
 @dataclass(frozen=True)
 class Compare:
     """Table and plot of several runs; runs that differ in their seed only are averaged."""
 
-    dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run directories."""
-    out: Path = Path("comparison.png")
-    """Where the plot goes."""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories; or one comparison (a preset or TOML file), whose runs are trained first, at equal budget."""
+    out: Path | None = None
+    """Where the plot goes, and beside it the table as text. Default: comparison.png, in DIR for a comparison."""
+    dir: str = ""
+    """Of a comparison: where its runs go; those that are there already are not trained again. Default: runs/RUN-DATE-TIME."""
+    seeds: int = 1
+    """Of a comparison: seeds per run."""
+    pool: Literal["ray", "local"] = "ray"
+    """Of a comparison: where tasks run."""
+    workers: int = 2
+    """Of a comparison: Ray actors."""
 
 
 def compare(words: list[str]) -> None:
     """Table and plot of several runs."""
-    from cluster import comparison
+    from cluster import comparison, session
 
     o = _parsed("compare", Compare, words)
-    groups = comparison.grouped(list(o.dirs))
-    for table in comparison.tables(groups):
+    directories, out = [Path(d) for d in o.runs], o.out or Path("comparison.png")
+    if len(o.runs) == 1 and not directories[0].is_dir():
+        home = Path(o.dir) if o.dir else session.new_directory(directories[0].stem)
+        directories = session.train_all(o.runs[0], home, seeds=o.seeds, keys={"pool": o.pool, "workers": o.workers})
+        out = o.out or home / "comparison.png"
+    groups = comparison.grouped(directories)
+    tables = comparison.tables(groups)
+    for table in tables:
         console.print(table)
-    comparison.plot(groups, o.out)
-    console.print(f"plot: {o.out}", highlight=False, soft_wrap=True)
+    comparison.plot(groups, out)
+    comparison.write(tables, out.with_suffix(".txt"))
+    console.print(f"plot: {out}, table: {out.with_suffix('.txt')}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Table
 
 from cluster import config, session
+from cluster.checkpoint import write_atomically
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,20 @@ class Group:
             return means[0], np.array(self.results[0]["ci95"][measure])
         return means.mean(0), 1.96 * means.std(0, ddof=1) / np.sqrt(len(means))
 
+    def passes(self) -> int:
+        """Backward passes of one run."""
+        return int(self.results[0]["iteration"]) * self.run.meta_batch * self.run.learner.passes()
+
+    def attacked(self) -> dict[str, tuple[float, float]]:
+        """(mean, half-width of the 95 % interval) under attack, by "support/query/measure"; {} where nobody attacked."""
+        found = [r["robustness"] for r in self.results if "robustness" in r]
+        if not found:
+            return {}
+        means = {k: np.array([f["mean"][k] for f in found]) for k in found[0]["mean"]}
+        if len(found) == 1:
+            return {k: (float(v[0]), found[0]["ci95"][k]) for k, v in means.items()}
+        return {k: (float(v.mean()), 1.96 * float(v.std(ddof=1)) / np.sqrt(len(v))) for k, v in means.items()}
+
 
 def grouped(directories: list[Path]) -> list[Group]:
     """Finished runs by configuration. Raises FileNotFoundError for one without results."""
@@ -50,7 +67,17 @@ def grouped(directories: list[Path]) -> list[Group]:
 def tables(groups: list[Group]) -> list[Table]:
     """One table per measure: a row per group, columns for inner steps 0, 1 and the last."""
     measures = list(dict.fromkeys(m for g in groups for m in g.results[0]["mean"]))
-    return [_table(groups, measure) for measure in measures]
+    attacked = list(dict.fromkeys(m for g in groups for m in g.attacked() if not m.split("/")[-1].startswith("loss")))
+    return [_table(groups, measure) for measure in measures] + ([_attacked(groups, attacked)] if attacked else [])
+
+
+def write(tables: list[Table], out: Path) -> None:
+    """The tables as text."""
+    text = io.StringIO()
+    console = Console(file=text, width=160)
+    for table in tables:
+        console.print(table)
+    write_atomically(out, text.getvalue().encode())
 
 
 def plot(groups: list[Group], out: Path) -> None:
@@ -87,12 +114,24 @@ def _group(members: list[Path], run: config.Run) -> Group:
 
 def _table(groups: list[Group], measure: str) -> Table:
     table = Table(title=f"test {measure.replace('_', ' ', 1)}: mean ± 95 % CI (over seeds where there are several, else over tasks)")
-    for name in ("run", "seeds", "iterations", "step 0", "step 1", "last step"):
+    for name in ("run", "seeds", "iterations", "backward passes", "step 0", "step 1", "last step"):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name == "run")
     for group in groups:
         if measure not in group.results[0]["mean"]:
             continue
         mean, half = group.curve(measure)
         cells = [f"{mean[k]:.4f} ± {half[k]:.4f}" for k in (0, min(1, len(mean) - 1), len(mean) - 1)]
-        table.add_row(group.label, str(len(group.results)), str(group.results[0]["iteration"]), *cells)
+        table.add_row(group.label, str(len(group.results)), str(group.results[0]["iteration"]), f"{group.passes():,}", *cells)
+    return table
+
+
+def _attacked(groups: list[Group], measures: list[str]) -> Table:
+    table = Table(title="test tasks under attack, support/query: mean ± 95 % CI")
+    table.add_column("run", no_wrap=True)
+    for measure in measures:
+        table.add_column(measure.replace("_", " ", 1), justify="right")
+    for group in groups:
+        found = group.attacked()
+        if found:
+            table.add_row(group.label, *("{:.4f} ± {:.4f}".format(*found[m]) if m in found else "" for m in measures))
     return table

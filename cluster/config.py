@@ -28,6 +28,9 @@ from learners.outer import Descent
 PRESETS = Path(__file__).parent / "presets"
 Table: TypeAlias = dict[str, Any]
 
+VARIANTS, BUDGET = "runs", "passes"
+"""Keys of a TOML file that make it a comparison of several runs."""
+
 NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""
 
@@ -123,6 +126,8 @@ def load(name: str, overrides: dict[str, str] | None = None) -> Run:
     Raises ValueError for unknown names and keys, naming the nearest known one.
     """
     table = read(name)
+    if VARIANTS in table:
+        raise ValueError(f"RUN={name!r} is a comparison of {len(table[VARIANTS])} runs: metafleet compare {name}")
     for path, choice in (overrides or {}).items():
         _choose(table, path.split("."), choice)
     run: Run = from_table(Run, table)
@@ -145,6 +150,24 @@ def read(name: str, extending: tuple[Path, ...] = ()) -> Table:
     for note in NOTES:
         table.pop(note, None)
     return table
+
+
+def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
+    """The runs of a comparison: a base with a table `[runs.NAME]` of differences for each, all at the same budget.
+
+    `passes` is how many backward passes over a support or query set each may take in all; their iterations follow.
+    `overrides` are top-level keys for every run. Raises ValueError for a RUN that is no comparison.
+    """
+    table = read(name)
+    variants, passes = table.pop(VARIANTS, None), table.pop(BUDGET, None)
+    if not isinstance(variants, dict) or not variants or type(passes) is not int or passes < 1:
+        raise ValueError(f"RUN={name!r} is not a comparison: tables [{VARIANTS}.NAME] and {BUDGET} = a whole number wanted")
+    runs = {}
+    for variant, differences in variants.items():
+        run: Run = from_table(Run, _merged(table, differences) | (overrides or {}), f"{VARIANTS}.{variant}.")
+        each = run.meta_batch * run.learner.passes()
+        runs[variant] = dataclasses.replace(run, iterations=max(1, passes // each))
+    return runs
 
 
 def find(name: str, folder: Path = Path()) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from cluster import evaluate, policies, robustness, seeds, wire
-from cluster.checkpoint import Checkpointing, Checkpoints, State, write_atomically
+from cluster import policies, seeds, wire
+from cluster.checkpoint import Checkpointing, Checkpoints, State
 from cluster.dispatch import Dispatcher, RunStopped, Shards
 from cluster.evaluate import Evaluation, Pending
 from cluster.journal import Journal, unfinished
@@ -26,7 +25,7 @@ from cluster.messages import FleetEvent
 from cluster.monitor import Monitor
 from cluster.policies import Policy, Step
 from cluster.pool import Pool
-from cluster.robustness import Matrix
+from cluster.report import Report, judge
 from cluster.worker import Recipe, environment, set_up_torch
 from learners import tree
 from learners.base import HasRates, Meta, Params, pack
@@ -199,39 +198,11 @@ class Driver:
                 log.warning("best checkpoint not written (%s)", error)
 
     def _finish(self) -> None:
-        curves = Pending(self.dispatcher, self._snapshot(), "test", self.evaluation.tasks, self.shard).result()
+        state = self._snapshot()
+        results = judge(self.recipe, self.dispatcher, state, "test", self.evaluation.tasks, self.shard)
         self.lease.check()
-        self.monitor.curve(self.iteration, "test", curves.mean)
-        matrix = self._robustness()
-        results = {"iteration": self.iteration, "seed": self.recipe.seed, **curves.as_dict()}
-        results |= {"robustness": matrix.as_dict()} if matrix else {}
-        write_atomically(self.directory / "evaluation.json", json.dumps(results, indent=1).encode())
-        title = f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {self.iteration} meta-iterations"
-        for table in [curves.table(title), *(matrix.tables() if matrix else ())]:
-            self.monitor.console.print(table)
-        self.monitor.message(self.recipe.summary())
-        self._picture("adaptation", lambda path: evaluate.picture(self.recipe, self.meta, path, self.evaluation.pictures))
-        self._picture("adversarial", lambda path: robustness.picture(self.recipe, self.meta, path))
-        self.monitor.hparams(self._hparams, {f"{k}_{i}": float(v[i]) for k, v in curves.mean.items() for i in (0, -1)})
-        self.monitor.message(f"tensorboard: {self.monitor.tensorboard}")
+        Report(self.recipe, self.monitor, self.directory, self.evaluation.pictures).publish(state, results, self._hparams)
         self._status("finished", now=True)
-
-    def _robustness(self) -> Matrix | None:
-        if self.recipe.robustness is None:
-            return None
-        rows = Pending(self.dispatcher, self._snapshot(), "test", self.evaluation.tasks, self.shard, "robustness").rows()
-        matrix = Matrix.of(rows, self.recipe.evaluation_steps, self.recipe.robustness)
-        self.monitor.values(self.iteration, "test", {f"test/{k}": v for k, v in matrix.mean.items()})
-        return matrix
-
-    def _picture(self, name: str, draw: Callable[[Path], bool]) -> None:
-        path = self.directory / f"{name}.png"
-        try:
-            if draw(path):
-                self.monitor.picture(self.iteration, f"test/{name}", path)
-                self.monitor.message(f"picture:     {path}")
-        except (OSError, ValueError, RuntimeError) as error:
-            log.warning("no picture (%s)", error)
 
     def _stop(self, state: str) -> None:
         # An evaluation under way cannot be carried over, but the state it began from can: a few iterations are computed again.

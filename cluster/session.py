@@ -21,11 +21,10 @@ from cluster.checkpoint import Checkpoints, State, write_atomically
 from cluster.config import Run
 from cluster.dispatch import Dispatcher
 from cluster.driver import Driver
-from cluster.evaluate import Curves, Pending
 from cluster.journal import Journal
 from cluster.lease import Lease
 from cluster.ledger import Ledger
-from cluster.robustness import Matrix
+from cluster.report import Results, judge
 from cluster.worker import environment, set_up_torch
 from learners.objectives import NormMode
 
@@ -71,6 +70,20 @@ def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = F
         raise KeyboardInterrupt(*received) from None
 
 
+def train_all(name: str, home: Path, *, seeds: int, keys: dict[str, Any]) -> list[Path]:
+    """Train every run of a comparison in HOME/RUN (or HOME/RUN/seed-N), but those that have finished; their directories."""
+    directories = []
+    for variant, run in config.comparison(name, keys).items():
+        for seed in range(run.seed, run.seed + seeds):
+            directory = home / variant / f"seed-{seed}" if seeds > 1 else home / variant
+            directories.append(directory)
+            if (directory / "evaluation.json").exists():
+                monitor.log.info("%s has finished", directory)
+                continue
+            train(replace(run, seed=seed), directory)
+    return directories
+
+
 def prepared(run: Run, directory: Path) -> Run:
     """`run` with its data fetched and everything resolved, written to the directory; or as it was resolved there.
 
@@ -97,7 +110,7 @@ def prepared(run: Run, directory: Path) -> Run:
 
 def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", checkpoint: str = "newest",
              norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0, inner_lr: float | None = None,
-             eps: float | None = None) -> tuple[Run, Curves, Matrix | None]:  # fmt: skip
+             eps: float | None = None) -> tuple[Run, Results]:  # fmt: skip
     """Adaptation curves of a run's θ, and its accuracy under attacks of `eps`."""
     run = config.load(str(configuration(directory)))
     if pool not in ("", "local", "ray"):
@@ -115,11 +128,7 @@ def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", ch
     parts, _ = assemble.recipe(run)
     with assemble.pool(run, parts) as fleet:
         dispatcher = Dispatcher(fleet, Ledger(_Unwritten()), max_attempts=run.policy.max_attempts)
-        curves = Pending(dispatcher, state, split, tasks, run.shard).result()
-        if parts.robustness is None:
-            return run, curves, None
-        rows = Pending(dispatcher, state, split, tasks, run.shard, "robustness").rows()
-        return run, curves, Matrix.of(rows, steps, parts.robustness)
+        return run, judge(parts, dispatcher, state, split, tasks, run.shard)
 
 
 def chosen(directory: Path, checkpoint: str) -> State:

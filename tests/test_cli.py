@@ -103,6 +103,69 @@ def test_evaluate_export_status_and_compare(finished: Path, tmp_path: Path, caps
     assert Image.open(tmp_path / "c.png").size[0] > 800
 
 
+def test_evaluate_takes_another_rate_at_test(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metafleet("evaluate", str(finished), "--tasks", "10", "--pool", "local", "--inner-lr", "0", "--json", str(tmp_path / "e.json"))
+    curve = json.loads((tmp_path / "e.json").read_text())["mean"]["mse"]
+    assert curve == pytest.approx([curve[0]] * 11, rel=1e-6)
+    metafleet("train", "sinusoid", "--learner.name", "meta_sgd", "--dir", str(tmp_path / "r"), *TINY)
+    assert "MetaSGD has no such rate" in refusal(capsys, "evaluate", str(tmp_path / "r"), "--inner-lr", "0.1")
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    events.Reload()
+    assert {"rate/linear0.weight", "rate/head.bias"} <= set(events.Tags()["histograms"])
+    assert {"train/support_loss_step0", "train/query_loss"} <= set(events.Tags()["scalars"])
+
+
+GLYPHS = ["--task.source.characters", "40", "--task.source.size", "16", "--model.width", "4", "--meta-batch", "2", "--shard", "2",
+          "--evaluation.tasks", "4", "--evaluation.steps", "1", "--evaluation.validation-tasks", "0", "--pool", "local"]  # fmt: skip
+
+
+def test_a_robust_run_ends_with_its_table_and_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], data_folder: Path) -> None:
+    words = ["--learner.name", "adml", "--evaluation.robustness.eps", "0.1", "--iterations", "2", "--evaluation.norms", "transductive"]
+    metafleet("train", "glyphs", "--dir", str(tmp_path / "r"), *words, *GLYPHS)
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "accuracy transductive under attack, ε = 0.1, after 1 inner steps (4 tasks" in printed
+    assert "pgd-20 query" in printed
+    mean = json.loads((tmp_path / "r" / "evaluation.json").read_text())["robustness"]["mean"]
+    assert {f"{s}/{q}/accuracy_transductive" for s in ("clean", "fgsm") for q in ("clean", "fgsm", "pgd-20")} <= mean.keys()
+    with Image.open(tmp_path / "r" / "adversarial.png") as image:
+        assert image.size[0] > 800
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    events.Reload()
+    assert "test/adversarial" in events.Tags()["images"]
+    assert "test/clean/pgd-20/accuracy_transductive" in events.Tags()["scalars"]
+    metafleet("evaluate", str(tmp_path / "r"), "--tasks", "4", "--steps", "1", "--json", str(tmp_path / "e.json"))
+    assert json.loads((tmp_path / "e.json").read_text())["robustness"]["mean"] == mean
+    metafleet("evaluate", str(tmp_path / "r"), "--tasks", "4", "--steps", "1", "--eps", "0", "--json", str(tmp_path / "e.json"))
+    assert "robustness" not in json.loads((tmp_path / "e.json").read_text())
+
+
+COMPARISON = """extends = "sinusoid"
+passes = 300
+meta_batch = 10
+shard = 5
+[evaluation]
+tasks = 4
+validation_tasks = 0
+[runs.maml]
+[runs.reptile]
+learner = { name = "reptile", batch = 5, inner_steps = 2 }
+"""
+
+
+def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(COMPARISON)
+    for trained in (2, 0):
+        metafleet("compare", str(tmp_path / "c.toml"), "--dir", str(tmp_path / "c"), "--pool", "local")
+        captured = capsys.readouterr()
+        assert captured.err.count("Held-out test tasks") == trained
+    table = (tmp_path / "c" / "comparison.txt").read_text()
+    assert [line.split()[1] for line in table.splitlines() if "300" in line] == ["maml", "reptile"]
+    assert [json.loads((tmp_path / "c" / n / "evaluation.json").read_text())["iteration"] for n in ("maml", "reptile")] == [10, 15]
+    assert Image.open(tmp_path / "c" / "comparison.png").size[0] > 800
+    assert "is a comparison of 2 runs: metafleet compare" in refusal(capsys, "train", str(tmp_path / "c.toml"))
+    assert "is not a comparison" in refusal(capsys, "compare", "sinusoid")
+
+
 def test_list_show_and_every_help_page(capsys: pytest.CaptureFixture[str]) -> None:
     metafleet("list")
     output = capsys.readouterr().out
@@ -125,6 +188,13 @@ def test_list_show_and_every_help_page(capsys: pytest.CaptureFixture[str]) -> No
         (["sinusoid"], "is second order"),
         (["sinusoid-fomaml"], "is first order"),
         (["sinusoid-reptile"], "is θ − φ"),
+        (["sinusoid-reptile", "--learner.update", "last_gradient"], "is φ′ − φ"),
+        (["glyphs", "--learner.name", "reptile", "--learner.moments", "carry"], "(checked with SGD inside)"),
+        (["sinusoid", "--learner.name", "meta_sgd"], "is second order"),
+        (["sinusoid", "--learner.name", "meta_curvature", "--learner.order", "1"], "is first order"),
+        (["sinusoid", "--learner.name", "maml_plus_plus", "--learner.second-order-from", "2"], "is first order"),
+        (["sinusoid", "--learner.name", "imaml"], "is implicit"),
+        (["glyphs", "--learner.name", "adml"], "is second order"),
         (
             ["glyphs", "--objective.norm", "support_plus_one", "--objective.scale", "sum_over_shots", "--learner.inner-lr", "0.1"],
             "is second order",
@@ -197,7 +267,8 @@ def test_a_run_starts_from_the_theta_of_another(finished: Path, tmp_path: Path, 
         (["resume", "nowhere"], "nowhere has no run.toml: not a run directory, or one of a run made in Python"),
         (["evaluate", "nowhere"], "nowhere has no run.toml"),
         (["status", "nowhere"], "nowhere has no status.json"),
-        (["compare", "nowhere"], "nowhere has no evaluation.json"),
+        (["compare", "nowhere"], "RUN='nowhere' is neither a preset nor a .toml file"),
+        (["compare", "nowhere", "neither"], "nowhere has no evaluation.json"),
         (["export", "nowhere", "x"], "nowhere has no checkpoint yet"),
     ],
 )

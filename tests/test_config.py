@@ -8,14 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from cluster import assemble, config
+from cluster import assemble, catalog, config
 from learners.maml import MAML
 from learners.optimisers import Adam
 from learners.outer import Descent
 from learners.reptile import Reptile
 
+COMPARISONS = [name for name in config.presets() if name.startswith("comparison-")]
 
-@pytest.mark.parametrize("name", config.presets())
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_run_of_a_comparison_takes_the_same_budget(name: str) -> None:
+    budget = config.read(name)["passes"]
+    for run in config.comparison(name).values():
+        each = run.meta_batch * run.learner.passes()
+        assert budget - each < run.iterations * each <= budget
+        assemble.recipe(replace(run, execution="loop"))
+    assert {type(run.learner) for run in config.comparison(name).values()} == set(catalog.LEARNERS.values())
+
+
+@pytest.mark.parametrize("name", [name for name in config.presets() if name not in COMPARISONS])
 def test_every_preset_loads_says_its_source_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     run = config.load(name)
     table = tomllib.loads(config.find(name).read_text())
@@ -78,6 +90,15 @@ PUBLISHED = {
         "train_shots": 15,
         "test_steps": 50,
     },
+    "sinusoid-meta-sgd": {"inner_steps": 1, "lowest_rate": 0.005, "highest_rate": 0.1},
+    "omniglot-5way-1shot-meta-sgd": {"inner_steps": 1, "meta_batch": 4, "iterations": 60_000, "test_steps": 1},
+    "miniimagenet-5way-1shot-meta-sgd": {"inner_steps": 1, "meta_batch": 4, "iterations": 60_000, "test_steps": 1},
+    "miniimagenet-5way-1shot-anil": {"inner_lr": 0.1, "inner_steps": 5, "meta_batch": 32},
+    "miniimagenet-5way-1shot-maml-plus-plus": {"inner_lr": 0.1, "inner_steps": 5, "multi_step_epochs": 15, "epoch": 500, "width": 48},
+    "omniglot-20way-1shot-maml-plus-plus": {"inner_lr": 0.1, "inner_steps": 5, "multi_step_epochs": 10},
+    "miniimagenet-5way-5shot-adml-goldblum": {"inner_lr": 0.01, "inner_steps": 5, "meta_batch": 4, "queries": 15, "eps": 8 / 255},
+    "miniimagenet-5way-5shot-adversarial-querying": {"inner_steps": 5, "eps": 8 / 255, "attack_steps": 7, "attack_step": 2 / 255},
+    "omniglot-5way-1shot-reptile-serial": {"meta_batch": 1, "moments": "carry", "inner_steps": 5},
     "miniimagenet-5way-5shot-reptile": {"inner_steps": 8, "batch": 10, "test_batch": 15, "train_shots": 15},
 }
 
@@ -89,12 +110,17 @@ def test_presets_hold_the_published_numbers(name: str) -> None:
     where = {
         "inner_lr": "learner.inner_lr", "inner_steps": "learner.inner_steps", "queries": "task.queries", "clip": "outer.clip_value",
         "test_steps": "evaluation.steps", "train": "task.source.train", "validation": "task.source.validation", "width": "model.width",
+        "lowest_rate": "learner.lowest_rate", "highest_rate": "learner.highest_rate", "epoch": "learner.epoch",
+        "multi_step_epochs": "learner.multi_step_epochs", "moments": "learner.moments", "eps": "learner.attack.eps",
+        "attack_steps": "learner.attack.steps", "attack_step": "learner.attack.step_size",
         "batch": "learner.batch", "test_batch": "learner.test_batch", "train_shots": "task.train_shots",
     }  # fmt: skip
     assert {k: flat[where.get(k, k)] for k in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith("omniglot") and "reptile" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in PUBLISHED if n.startswith("omniglot") and not n.endswith(("reptile", "serial", "meta-sgd", "plus-plus"))]
+)
 def test_mamls_published_rates_come_with_the_loss_scale_they_are_for(name: str) -> None:
     assert config.load(name).objective.scale == "sum_over_shots"
 
@@ -109,8 +135,8 @@ def file(tmp_path: Path, text: str) -> str:
     [
         ("iterashuns = 3", "unknown key iterashuns; did you mean iterations?"),
         ('[learner]\nname = "maml"\ninner_lrr = 0.1', "unknown key learner.inner_lrr; did you mean learner.inner_lr?"),
-        ('[learner]\nname = "mamal"', "learner.name='mamal' is not one of maml, reptile; did you mean maml?"),
-        ("[learner]\ninner_lr = 0.1", "learner.name=None is not one of maml, reptile"),
+        ('[learner]\nname = "mamal"', "adversarial_querying; did you mean maml?"),
+        ("[learner]\ninner_lr = 0.1", "learner.name=None is not one of maml, "),
         ('iterations = "many"', "iterations='many': should be a valid integer"),
         ('[learner]\nname = "maml"\norder = 3', r"learner.order=3: should be 2 or 1"),
         ("meta_batch = 7\nshard = 2", "meta_batch=7 is not a multiple of shard=2"),

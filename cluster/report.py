@@ -1,0 +1,75 @@
+"""What a finished run says: the curve on test tasks, the table under attack, pictures, files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import evaluate, robustness
+from cluster.checkpoint import State, write_atomically
+from cluster.dispatch import Dispatcher
+from cluster.evaluate import Curves, Pending
+from cluster.monitor import Monitor
+from cluster.robustness import Matrix
+from cluster.worker import Recipe
+
+log = logging.getLogger("metafleet")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of one θ on test tasks."""
+
+    curves: Curves
+    matrix: Matrix | None
+    """Where the evaluation attacks."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Makes the results of a run known."""
+
+    recipe: Recipe
+    monitor: Monitor
+    directory: Path
+    pictures: int
+    """Test tasks to draw."""
+
+    def publish(self, state: State, results: Results, hparams: Mapping[str, object]) -> None:
+        """Write evaluation.json, pictures and TensorBoard's last entries, and print the tables."""
+        curves, matrix = results.curves, results.matrix
+        self.monitor.curve(state.iteration, "test", curves.mean)
+        content = {"iteration": state.iteration, "seed": self.recipe.seed, **curves.as_dict()}
+        if matrix:
+            content["robustness"] = matrix.as_dict()
+            self.monitor.values(state.iteration, "test", {f"test/{k}": v for k, v in matrix.mean.items()})
+        write_atomically(self.directory / "evaluation.json", json.dumps(content, indent=1).encode())
+        title = f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {state.iteration} meta-iterations"
+        for table in [curves.table(title), *(matrix.tables() if matrix else ())]:
+            self.monitor.console.print(table)
+        self.monitor.message(self.recipe.summary())
+        self._picture(state, "adaptation", lambda path: evaluate.picture(self.recipe, state.meta, path, self.pictures))
+        self._picture(state, "adversarial", lambda path: robustness.picture(self.recipe, state.meta, path))
+        self.monitor.hparams(hparams, {f"{k}_{i}": float(v[i]) for k, v in curves.mean.items() for i in (0, -1)})
+        self.monitor.message(f"tensorboard: {self.monitor.tensorboard}")
+
+    def _picture(self, state: State, name: str, draw: Callable[[Path], bool]) -> None:
+        path = self.directory / f"{name}.png"
+        try:
+            if draw(path):
+                self.monitor.picture(state.iteration, f"test/{name}", path)
+                self.monitor.message(f"picture:     {path}")
+        except (OSError, ValueError, RuntimeError) as error:
+            log.warning("no picture (%s)", error)
+
+
+def judge(recipe: Recipe, dispatcher: Dispatcher, state: State, split: str, tasks: int, shard: int) -> Results:
+    """Adaptation curves, and accuracy under attack where the recipe asks for it."""
+    curves = Pending(dispatcher, state, split, tasks, shard).result()
+    if recipe.robustness is None:
+        return Results(curves, None)
+    rows = Pending(dispatcher, state, split, tasks, shard, "robustness").rows()
+    return Results(curves, Matrix.of(rows, recipe.evaluation_steps, recipe.robustness))

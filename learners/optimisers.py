@@ -62,17 +62,18 @@ class Adam:
 
     def update(self, params: Params, grads: Params, state: Params, lr: float) -> tuple[Params, Params]:
         t = state["t"] + 1
-        v = {k: self.beta2 * old + (1 - self.beta2) * grads[k] ** 2 for k, old in tree.under("v", state).items()}
+        v = {k: torch.addcmul(self.beta2 * old, grads[k], grads[k], value=1 - self.beta2) for k, old in tree.under("v", state).items()}
         m = {k: self.beta1 * old + (1 - self.beta1) * grads[k] for k, old in tree.under("m", state).items()} or grads
         new = {k: p - lr * self._direction(m[k], v[k], t) for k, p in params.items()}
         kept = tree.with_prefix("m", m) if self.beta1 else {}
         return new, kept | tree.with_prefix("v", v) | {"t": t}
 
     def _direction(self, m: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        first, second = 1 - self.beta1**t, 1 - self.beta2**t
+        second = 1 - self.beta2**t
+        m = m / (1 - self.beta1**t) if self.beta1 else m
         if self.style == "torch":
-            return (m / first) / ((v / second).sqrt() + self.eps)
-        return second.sqrt() / first * m / (v.sqrt() + self.eps)
+            return m / ((v / second).sqrt() + self.eps)
+        return second.sqrt() * m / (v.sqrt() + self.eps)
 
 
 def clip_by_value(grads: Params, limit: float) -> Params:

@@ -13,8 +13,9 @@ from cluster.config import Run
 from cluster.pool import LocalPool, Pool
 from cluster.worker import Recipe
 from learners import execution
-from learners.base import Params
-from learners.models import Functional, functional
+from learners.base import Objective, Params
+from learners.control import Control, Rollouts
+from learners.models import Functional, Gaussian, functional
 from learners.objectives import Supervised
 from learners.verbs import training_steps
 
@@ -31,7 +32,23 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
     if run.execution == "auto":
         raise ValueError("execution='auto' must be resolved first")
     network = model(run)
-    objective = Supervised(
+    parts = Recipe(
+        tasks=run.task, learner=run.learner, objective=_objective(run, network), outer=run.outer, seed=run.seed,
+        evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps,
+        robustness=run.evaluation.robustness if run.evaluation.robustness.eps else None, execution=run.execution,
+        chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads,
+    )  # fmt: skip
+    return parts, network.params()
+
+
+def _objective(run: Run, network: Functional) -> Objective:
+    if run.task.kind == "control":
+        if not isinstance(run.task, Rollouts):
+            raise TypeError(f"{type(run.task).__name__} is of kind control, but has no method rollout")
+        if not isinstance(network.module, Gaussian):
+            raise ValueError("RL tasks want a policy: --model.name gaussian_mlp")
+        return Control(network, run.task, run.control.inner_loss, run.control.discount, run.control.gae)
+    return Supervised(
         network,
         loss="mse" if run.task.kind == "regression" else "cross_entropy",
         norm=run.objective.norm,
@@ -39,13 +56,6 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
         report=run.evaluation.norms,
         momentum=run.objective.momentum,
     )
-    parts = Recipe(
-        tasks=run.task, learner=run.learner, objective=objective, outer=run.outer, seed=run.seed,
-        evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps,
-        robustness=run.evaluation.robustness if run.evaluation.robustness.eps else None, execution=run.execution,
-        chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads,
-    )  # fmt: skip
-    return parts, network.params()
 
 
 def resolved(run: Run) -> tuple[Run, str]:
@@ -57,6 +67,8 @@ def resolved(run: Run) -> tuple[Run, str]:
         run = replace(run, outer=replace(run.outer, horizon=run.iterations))  # type: ignore[type-var]
     if run.execution != "auto":
         return run, f"execution = {run.execution}, as the run says"
+    if run.task.kind == "control":
+        return replace(run, execution="loop"), "execution = loop: a policy's batch is large enough by itself"
     task = run.task.sample("train", seeds.generator(run.seed, "train", 0, "task"))
     x = torch.from_numpy(task.get("query_x", task["support_x"]))
     mode, chunk, why = execution.choose(

@@ -7,6 +7,7 @@ from envs.base import TaskFamily
 from envs.glyphs import Glyphs
 from envs.image_folder import ImageFolder
 from envs.images import Episodes, ImageSource
+from envs.navigation import Navigation
 from envs.omniglot import Omniglot
 from envs.sinusoid import Sinusoid
 from learners.adml import ADML
@@ -17,18 +18,19 @@ from learners.maml import MAML
 from learners.maml_plus_plus import MAMLPlusPlus
 from learners.meta_curvature import MetaCurvature
 from learners.meta_sgd import MetaSGD
-from learners.models import MLP, Conv4, ModelSpec
+from learners.models import MLP, Conv4, GaussianMLP, ModelSpec
 from learners.outer import Descent
 from learners.reptile import Reptile
+from learners.trust_region import TrustRegion
 
-TASKS: dict[str, type] = {"sinusoid": Sinusoid, "episodes": Episodes}
+TASKS: dict[str, type] = {"sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation}
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
-MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4}
+MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4, "gaussian_mlp": GaussianMLP}
 LEARNERS: dict[str, type] = {
     "maml": MAML, "maml_plus_plus": MAMLPlusPlus, "meta_sgd": MetaSGD, "meta_curvature": MetaCurvature, "imaml": IMAML,
     "reptile": Reptile, "adml": ADML, "adversarial_querying": AdversarialQuerying,
 }  # fmt: skip
-OUTERS: dict[str, type] = {"descent": Descent}
+OUTERS: dict[str, type] = {"descent": Descent, "trust_region": TrustRegion}
 POLICIES: dict[str, type] = {"synchronous": Synchronous}
 
 CHOICES: dict[str, dict[str, type]] = {

@@ -24,6 +24,7 @@ from learners.maml import MAML
 from learners.models import MLP, ModelSpec
 from learners.objectives import NormMode
 from learners.outer import Descent
+from learners.policy_gradient import InnerLoss
 
 PRESETS = Path(__file__).parent / "presets"
 Table: TypeAlias = dict[str, Any]
@@ -54,6 +55,22 @@ class ObjectiveKeys:
 
 
 @dataclass(frozen=True)
+class ControlKeys:
+    """The policy-gradient objective of RL tasks."""
+
+    inner_loss: InnerLoss = "log_likelihood"
+    """What inner steps descend: the paper's REINFORCE form, or estimators whose curvature is better (likelihood_ratio, dice)."""
+    discount: float = 0.99
+    """γ."""
+    gae: float = 1.0
+    """λ of generalised advantage estimation."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.discount <= 1 and 0 <= self.gae <= 1):
+            raise ValueError(f"discount={self.discount}, gae={self.gae}: numbers from 0 to 1 wanted")
+
+
+@dataclass(frozen=True)
 class Run:
     """One meta-training run."""
 
@@ -67,6 +84,8 @@ class Run:
     """How θ moves."""
     objective: ObjectiveKeys = field(default_factory=ObjectiveKeys)
     """Normalisation mode and loss scale."""
+    control: ControlKeys = field(default_factory=ControlKeys)
+    """For RL tasks: what takes the objective's place."""
     policy: Policy = field(default_factory=Synchronous)
     """When to step, and what counts as late."""
     checkpoint: Checkpointing = field(default_factory=Checkpointing)

@@ -8,7 +8,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -52,13 +52,14 @@ class Recipe:
     def verbs(self, objective: Objective) -> Mapping[str, Verb]:
         """The verbs every run has, and those of its outer step."""
         standard = verbs.standard(self.learner, objective, self.evaluation_steps, self.robustness)
-        return {**standard, **self.outer.verbs(self.learner, objective)}
+        own, data = self.outer.verbs(self.learner, objective), standard["gradient"]
+        return {**standard, **{k: v if v.draw else replace(v, draw=data.draw, record=data.record) for k, v in own.items()}}
 
     def task(self, split: str, index: int, verb: Verb) -> Arrays:
         """Task `index` of `split`, complete for `verb`. Held-out tasks do not depend on the run's seed."""
         seed = self.seed if split == "train" else self.evaluation_seed
         data = self.tasks.sample(split, seeds.generator(seed, split, index, "task"))
-        return verb.draw(data, seeds.generator(seed, split, index, "draw"))
+        return verb.draw(data, seeds.generator(seed, split, index, "draw")) if verb.draw else data
 
     def tensors(self, arrays: Arrays) -> Data:
         """Arrays as tensors on the run's device, floating ones in the run's dtype."""
@@ -79,6 +80,7 @@ class Worker:
         self._light = Execution("vmap", recipe.chunk) if recipe.execution == "compiled" else self._run
         self._values: dict[int, Params] = {}
         self._shards: OrderedDict[tuple[object, ...], Data] = OrderedDict()
+        self._recorded: dict[tuple[object, int, str, int, int], Data] = {}
 
     def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, Vector]:
         """The encoded sum of an encoded assignment; `at` and `operand` are the broadcasts that it names.
@@ -94,7 +96,7 @@ class Worker:
         theta = self._value(assignment.at, at)
         beside = self._value(assignment.operand, operand) if assignment.operand is not None else {}
         execution = self._light if verb.light else self._run
-        result = execution.run(verb.run, theta, beside, self._shard(assignment, verb))
+        result = execution.run(verb.run, theta, beside, self._shard(assignment, verb, theta))
         return wire.encode_sum(assignment, self.name, time.perf_counter() - begin, result)
 
     def _value(self, handle: int, message: Broadcast | None) -> Params:
@@ -105,8 +107,19 @@ class Worker:
     def _forget(self, oldest: int) -> None:
         for handle in [h for h in self._values if h < oldest]:
             del self._values[handle]
+        for key in [k for k in self._recorded if k[1] < oldest]:
+            del self._recorded[key]
 
-    def _shard(self, a: Assignment, verb: Verb) -> Data:
+    def _shard(self, a: Assignment, verb: Verb, theta: Params) -> Data:
+        """The data of an assignment; what was lived through at a θ is kept as long as that θ is."""
+        if verb.record is None:
+            return self._drawn(a, verb)
+        key = (verb.record, a.at, a.split, a.start, a.stop)
+        if key not in self._recorded:
+            self._recorded[key] = verb.record(theta, self._drawn(a, verb))
+        return self._recorded[key]
+
+    def _drawn(self, a: Assignment, verb: Verb) -> Data:
         key = (verb.draw, a.split, a.start, a.stop)
         if key not in self._shards:
             tasks = [self.recipe.task(a.split, i, verb) for i in range(a.start, a.stop)]

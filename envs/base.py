@@ -34,8 +34,8 @@ class TaskFamily(TaskDistribution, Protocol):
     """A TaskDistribution that a configuration can name: a frozen dataclass that says what model it wants."""
 
     @property
-    def kind(self) -> Literal["regression", "classification"]:
-        """What the targets are: numbers, or class labels."""
+    def kind(self) -> Literal["regression", "classification", "control"]:
+        """What the targets are: numbers, or class labels; or that tasks are lived through, by `rollout`."""
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ class TaskFamily(TaskDistribution, Protocol):
 
     @property
     def outputs(self) -> int:
-        """Regression: number of targets. Classification: number of ways."""
+        """Regression: number of targets. Classification: number of ways. Control: dimensions of an action."""
 
     def prepare(self) -> None:
         """Fetch, check and decode what the tasks are made of. Called once, by the driver; a no-op for most."""

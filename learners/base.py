@@ -109,6 +109,17 @@ class Learner(Protocol):
 
 
 @runtime_checkable
+class Records(Protocol):
+    """An objective whose tasks become data by being lived through (RL)."""
+
+    def record(self, learner: Learner, meta: Meta, tasks: Data, steps: int, *, testing: bool = False) -> Data:
+        """The stacked data of a shard's tasks: what φ₀ … φ_steps met, each index sampled by its own φ."""
+
+    def curve(self, data: Data) -> Metrics:
+        """A task's scores [steps + 1], as φ₀ … φ_steps met them."""
+
+
+@runtime_checkable
 class HasRates(Protocol):
     """A learner that learns its inner rates."""
 
@@ -123,13 +134,15 @@ VerbFunction: TypeAlias = Callable[[Params, Params, Data], Share]
 class Verb:
     """Something a worker can do to one task: `run(at, operand, data)`, after `draw` completed the task's data.
 
-    `at` is a packed Meta; `operand` whatever the outer step broadcast beside it ({} if nothing). A `light` verb
-    runs too seldom to be worth compiling.
+    `at` is a packed Meta; `operand` whatever the outer step broadcast beside it ({} if nothing). Where tasks must be
+    lived through, `record(at, data)` makes the stacked data of a shard what they are at this θ. Without `draw` a verb
+    works on the data of `gradient`. A `light` verb runs too seldom to be worth compiling.
     """
 
     run: VerbFunction
-    draw: Callable[[Arrays, np.random.Generator], Arrays]
+    draw: Callable[[Arrays, np.random.Generator], Arrays] | None = None
     light: bool = False
+    record: Callable[[Params, Data], Data] | None = None
 
 
 Verbs: TypeAlias = Mapping[str, Verb]

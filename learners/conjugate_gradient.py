@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from learners import tree
 from learners.base import Params
 
 
-def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: int) -> tuple[Params, Tensor]:
-    """(x, ‖b − A x‖₂) after `steps` steps towards A x = b, A symmetric positive definite, given as v ↦ A v.
+def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: int) -> tuple[Params, Params]:
+    """(x, b − A x) after `steps` steps towards A x = b, A symmetric positive definite, given as v ↦ A v.
 
     Exact after as many steps as A has distinct eigenvalues; from there on nothing moves (Hestenes & Stiefel 1952).
     """
@@ -25,4 +24,4 @@ def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: in
         x, r = tree.add(x, tree.scale(step, p)), tree.sub(r, tree.scale(step, ap))
         before, rr = rr, tree.dot(r, r)
         p = tree.add(r, tree.scale(torch.where(before > 0, rr / before, 0.0), p))
-    return x, rr.sqrt()
+    return x, r

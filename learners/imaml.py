@@ -65,7 +65,7 @@ class IMAML(InnerLoop):
         x, residual = conjugate_gradient(lambda v: tree.add(v, scaled(v)), {k: outer[k] for k in moving}, self.solver_steps)
         indirect = scaled(x) if still else {}
         grads = {k: x[k] if k in x else g - indirect[k] for k, g in outer.items()}
-        metrics = {"query_loss": query_loss, "grad_norm": tree.norm(grads), "solver_residual": residual}
+        metrics = {"query_loss": query_loss, "grad_norm": tree.norm(grads), "solver_residual": tree.norm(residual)}
         return Gradient(grads, self.slots(meta, objective, data), metrics | support_losses(end))
 
     def passes(self) -> int:

@@ -35,7 +35,7 @@ def descend(
     theta: Params,
     steps: int,
     optimiser: Optimiser,
-    lr: float,
+    lr: float | Callable[[int], float],
     *,
     adapts: tuple[str, ...] = ("*",),
     again: bool,
@@ -46,7 +46,7 @@ def descend(
 
     Only parameters whose name matches a pattern of `adapts` move; the others stay θ's. `again`: φ will be
     differentiated through (second order). `direction` turns gradients into what the optimiser descends (Meta-SGD:
-    α ∘ g). `state`: the optimiser's, where it does not begin anew.
+    α ∘ g). `lr` may depend on the step. `state`: the optimiser's, where it does not begin anew.
     """
     moving, still = partition(theta, adapts)
     state = optimiser.init(moving) if state is None else state
@@ -55,7 +55,7 @@ def descend(
     for step in range(steps):
         grads, value = _inner_gradient(lambda p, step=step: loss(still | p, step), moving, again)  # type: ignore[misc]
         losses = (*losses, value)
-        moving, state = optimiser.update(moving, direction(grads, step), state, lr)
+        moving, state = optimiser.update(moving, direction(grads, step), state, lr(step) if callable(lr) else lr)
         # In θ's order of names: what depends on the order (flattening, summing norms) must not depend on `adapts`.
         yield Point({k: moving.get(k, v) for k, v in theta.items()}, state, losses)
 

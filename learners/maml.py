@@ -30,15 +30,20 @@ class MAML(InnerLoop):
     """2: differentiate through the inner loop; 1: first-order approximation (FOMAML)."""
     adapts: tuple[str, ...] = ("*",)
     """Patterns of the parameters that the inner loop moves."""
+    later_lr: float | None = None
+    """Rate of every inner step after the first; default: α (the paper's RL tests halve it)."""
 
     def __post_init__(self) -> None:
-        check_inner_loop(self.inner_lr, self.inner_steps)
+        check_inner_loop(min(self.inner_lr, self._rate(1)), self.inner_steps)
 
     def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
         return descend(
             lambda p, step: objective.support(meta.slots | p, data, step),
-            meta.params, steps, SGD(), self.inner_lr, adapts=self.adapts, again=self.order == 2,
+            meta.params, steps, SGD(), self._rate, adapts=self.adapts, again=self.order == 2,
         )  # fmt: skip
+
+    def _rate(self, step: int) -> float:
+        return self.inner_lr if step == 0 or self.later_lr is None else self.later_lr
 
     def claim(self) -> str:
         return "second order" if self.order == 2 else "first order"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +171,44 @@ class MLP:
                 elif p.ndim == 1:
                     nn.init.zeros_(p)
         return model
+
+
+class Gaussian(nn.Module):
+    """A normal policy: [n, o] → [n, 2a], means of a network and log standard deviations that do not depend on the state."""
+
+    def __init__(self, net: nn.Module, actions: int, std: float, min_std: float) -> None:
+        super().__init__()
+        self.net = net
+        self.log_std = nn.Parameter(torch.full((actions,), math.log(std)))
+        self.least = math.log(min_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.net(x)
+        return torch.cat([mean, self.log_std.clamp(min=self.least).expand(mean.shape)], -1)
+
+
+@dataclass(frozen=True)
+class GaussianMLP:
+    """Normal policy on a fully connected network; that of the MAML paper by default (100-100, ReLU, Xavier, std 1)."""
+
+    hidden: tuple[int, ...] = (100, 100)
+    """Widths of the hidden layers."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Nonlinearity behind each hidden layer."""
+    std: float = 1.0
+    """First standard deviation of every action."""
+    min_std: float = 1e-6
+    """Least standard deviation."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_std <= self.std:
+            raise ValueError(f"std={self.std}, min_std={self.min_std}: 0 < min_std ≤ std wanted")
+
+    def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
+        net = MLP(self.hidden, activation=self.activation).build(inputs, outputs)
+        for p in net.parameters():
+            nn.init.xavier_uniform_(p) if p.ndim == 2 else nn.init.zeros_(p)
+        return Gaussian(net, outputs, self.std, self.min_std)
 
 
 class SpatialMean(nn.Module):

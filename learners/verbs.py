@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 
 from envs.base import Arrays
-from learners.base import Data, Learner, Objective, Params, Share, Verb, Verbs, pack, unpack
+from learners.base import Data, Learner, Objective, Params, Records, Share, Verb, Verbs, pack, unpack
 from learners.objectives import Supervised
 from learners.robustness import Robustness
 from learners.robustness import verb as robust
 
 
+class RecordingObjective(Records, Objective, Protocol):
+    """Both."""
+
+
 def standard(learner: Learner, objective: Objective, evaluation_steps: int, robustness: Robustness | None = None) -> Verbs:
     """`gradient`, the learner's contribution to the outer step; `evaluate`, its adaptation curve; `robustness` if asked for."""
     tester = learner.at_test()
+
+    if isinstance(objective, Records):
+        return _recorded(learner, objective, evaluation_steps)
 
     def gradient(at: Params, operand: Params, data: Data) -> Share:
         result = learner.gradient(unpack(at), objective, data)
@@ -36,6 +45,32 @@ def standard(learner: Learner, objective: Objective, evaluation_steps: int, robu
     if robustness is not None and isinstance(objective, Supervised):
         verbs["robustness"] = robust(tester, objective, evaluation_steps, robustness, draw_test)
     return verbs
+
+
+def _recorded(learner: Learner, objective: RecordingObjective, evaluation_steps: int) -> Verbs:
+    """The same two verbs for tasks that are lived through first."""
+
+    def of(acting: Learner, steps: int, testing: bool) -> dict[str, Any]:
+        def draw(data: Arrays, rng: np.random.Generator) -> Arrays:
+            return acting.draw(data, rng, steps) | {"seed": np.asarray(rng.integers(2**62))}
+
+        def record(at: Params, data: Data) -> Data:
+            return objective.record(acting, unpack(at), data, steps, testing=testing)
+
+        return {"draw": draw, "record": record}
+
+    def gradient(at: Params, operand: Params, data: Data) -> Share:
+        result = learner.gradient(unpack(at), objective, data)
+        curve = {f"{name}_step{k}": v for name, values in objective.curve(data).items() for k, v in enumerate(values)}
+        return Share(pack(result.grads, result.slots), _one(at), curve | result.metrics)
+
+    def evaluate(at: Params, operand: Params, data: Data) -> Share:
+        return Share({}, _one(at), objective.curve(data))
+
+    return {
+        "gradient": Verb(gradient, **of(learner, training_steps(learner), False)),
+        "evaluate": Verb(evaluate, light=True, **of(learner.at_test(), evaluation_steps, True)),
+    }
 
 
 def training_steps(learner: Learner) -> int:

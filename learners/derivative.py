@@ -84,6 +84,27 @@ def linearised(loss: Callable[[Params], Tensor], at: Params) -> Callable[[Params
     return product
 
 
+def gauss_newton(
+    function: Callable[[Params], Tensor], at: Params, v: Params, metric: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Params, Tensor]:
+    """(Jᵀ F J v, function(at)), J the Jacobian of `function` at `at`, and `metric(value, u)` = F u at that value; constants.
+
+    With plain autograd J v is the derivative of Jᵀz with respect to z: the function runs once.
+    """
+    if transformed():
+        value, moved = torch.func.jvp(function, (at,), (v,))  # type: ignore[misc]
+        (product,) = torch.func.vjp(function, at)[1](metric(value, moved))
+        return {k: p.detach() for k, p in product.items()}, value.detach()
+    with torch.enable_grad():
+        leaves = _leaves(at)
+        inputs, value = list(leaves.values()), function(leaves)
+        z = torch.zeros_like(value, requires_grad=True)
+        back = torch.autograd.grad(value, inputs, z, create_graph=True, materialize_grads=True)
+        (moved,) = torch.autograd.grad(back, z, [v[k] for k in leaves], retain_graph=True, materialize_grads=True)
+        found = torch.autograd.grad(value, inputs, metric(value, moved).detach(), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True)), value.detach()
+
+
 Kind = Literal["inner gradient", "attack"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from learners import policy_gradient, tree
 from learners.base import Data, Learner, Meta, Objective, Params, Reduce, Share, Sum, Verb, Verbs, unpack
 from learners.conjugate_gradient import conjugate_gradient
-from learners.derivative import transforms
+from learners.derivative import gauss_newton
 
 
 @runtime_checkable
@@ -69,15 +69,10 @@ class TrustRegion:
         def curvature(at: Params, operand: Params, data: Data) -> Share:
             meta, data = unpack(at), _thinned(data, every)
             mask = data["mask"][-1]
-            with transforms():
-
-                def function(params: Params) -> Tensor:
-                    return adapted(meta, params, data)
-
-                distribution, moved = torch.func.jvp(function, (meta.params,), (operand,))  # type: ignore[misc]
-                pull = torch.func.vjp(function, meta.params)[1]
-                (weighted,) = pull(_fisher(distribution, moved) * mask.unsqueeze(-1))
-            return Share({k: v.detach() for k, v in weighted.items()}, mask.sum(), {})
+            product, _ = gauss_newton(
+                lambda p: adapted(meta, p, data), meta.params, operand, lambda value, u: _fisher(value, u) * mask.unsqueeze(-1)
+            )
+            return Share(product, mask.sum(), {})
 
         def surrogate(at: Params, operand: Params, data: Data) -> Share:
             meta = unpack(at)

@@ -115,6 +115,46 @@ def test_a_frozen_worker_is_replaced_after_its_deadline(tmp_path: Path, referenc
     assert gone(frozen[0], 15), "the frozen process is still there"
 
 
+def navigation() -> config.Run:
+    run = config.load("navigation")
+    task = replace(run.task, rollouts=3, horizon=15, test_steps=30)
+    return replace(run, task=task, execution="loop", meta_batch=6, shard=2, model=replace(run.model, hidden=(8,)))
+
+
+def train_control(pool_of: Callable, directory: Path, hook: Callable[[Driver], None] = lambda d: None) -> str:
+    """Three iterations of TRPO on navigation: gradient, curvature products, line search, on the same recorded episodes."""
+    run, holder = navigation(), []
+    parts, params = assemble.recipe(run)
+    pool = pool_of(parts)
+
+    def look() -> bool:
+        hook(holder[0])
+        return False
+
+    driver = Driver(parts, params, pool, directory, iterations=3, meta_batch=6, shard=2, interrupted=look,
+                    evaluation=Evaluation(validation_tasks=0, tasks=2, steps=1, pictures=0))  # fmt: skip
+    holder.append(driver)
+    try:
+        return digest(driver.run())
+    finally:
+        pool.close()
+
+
+def test_a_worker_lost_inside_conjugate_gradient_costs_its_episodes_and_no_bit(tmp_path: Path) -> None:
+    wanted = train_control(LocalPool, tmp_path / "local")
+    killed: list[int] = []
+
+    def kill(driver: Driver) -> None:
+        solving = any(a.verb == "curvature" for a in driver.ledger.open.values())
+        if not killed and driver.iteration >= 1 and solving:
+            killed.append(joined(tmp_path / "killed")[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    assert train_control(lambda parts: RayPool(parts, 1), tmp_path / "one") == wanted
+    assert train_control(lambda parts: RayPool(parts, 3), tmp_path / "killed", kill) == wanted
+    assert killed
+
+
 def gone(pid: int, seconds: float) -> bool:
     """Whether a process ends (or is a zombie) within some time."""
     for _ in range(int(seconds * 10)):

@@ -7,6 +7,7 @@ from envs.base import TaskFamily
 from envs.glyphs import Glyphs
 from envs.image_folder import ImageFolder
 from envs.images import Episodes, ImageSource
+from envs.locomotion import Locomotion
 from envs.navigation import Navigation
 from envs.omniglot import Omniglot
 from envs.sinusoid import Sinusoid
@@ -23,7 +24,7 @@ from learners.outer import Descent
 from learners.reptile import Reptile
 from learners.trust_region import TrustRegion
 
-TASKS: dict[str, type] = {"sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation}
+TASKS: dict[str, type] = {"sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation, "locomotion": Locomotion}
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
 MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4, "gaussian_mlp": GaussianMLP}
 LEARNERS: dict[str, type] = {

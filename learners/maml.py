@@ -30,11 +30,11 @@ class MAML(InnerLoop):
     """2: differentiate through the inner loop; 1: first-order approximation (FOMAML)."""
     adapts: tuple[str, ...] = ("*",)
     """Patterns of the parameters that the inner loop moves."""
-    later_lr: float | None = None
-    """Rate of every inner step after the first; default: α (the paper's RL tests halve it)."""
+    later_lr: float = 0.0
+    """Rate of every inner step after the first (the paper's RL tests halve it); 0: α."""
 
     def __post_init__(self) -> None:
-        check_inner_loop(min(self.inner_lr, self._rate(1)), self.inner_steps)
+        check_inner_loop(min(self.inner_lr, self.later_lr), self.inner_steps)
 
     def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
         return descend(
@@ -43,7 +43,7 @@ class MAML(InnerLoop):
         )  # fmt: skip
 
     def _rate(self, step: int) -> float:
-        return self.inner_lr if step == 0 or self.later_lr is None else self.later_lr
+        return self.later_lr if step and self.later_lr else self.inner_lr
 
     def claim(self) -> str:
         return "second order" if self.order == 2 else "first order"

@@ -91,18 +91,7 @@ class LocomotionWorld:
     def reset(self, tasks: Arrays, rollouts: int, rngs: list[np.random.Generator]) -> Floats:
         self._goals = np.asarray(tasks["goal"], np.float64)[:, None]
         self._shape = (len(rngs), rollouts)
-        count = len(rngs) * rollouts
-        while len(self._data) < count:
-            self._data.append(self._mj.MjData(self.model))
-        self._live = self._data[:count]
-        self._views = [(d.qpos, d.qvel, d.ctrl, d.qacc_warmstart) for d in self._live]
-        for i, data in enumerate(self._live):
-            self._mj.mj_resetData(self.model, data)
-            data.qpos[:], data.qvel[:] = self._drawn(rngs[i // rollouts])
-            self._mj.mj_forward(self.model, data)
-            if self.body.contact_cost and self.body.paper:
-                self._mj.mj_rnePostConstraint(self.model, data)
-        self._read()
+        self._begin([self._drawn(rng) for rng in rngs for _ in range(rollouts)])
         return self._observe()
 
     def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
@@ -110,19 +99,36 @@ class LocomotionWorld:
         flat = actions.reshape(-1, self.actions)
         # Torque limits ±1: MuJoCo clips what drives the body, rllab clips what is paid for as well.
         paid = np.clip(flat, -1, 1) if body.paper else flat
-        for (_, _, ctrl, warm), data, action in zip(self._views, self._live, flat, strict=True):
-            ctrl[:] = action
-            if body.paper:
-                warm[:] = 0
-            self._mj.mj_step(self.model, data, body.frame_skip)
-            self._settle(data)
-        self._read()
+        self._advance(flat)
         velocity = self._velocity if body.paper else (self._x - before) / (body.timestep * body.frame_skip)
         cost = body.control_cost * np.square(paid.astype(np.float64)).sum(-1)
         if body.contact_cost:
             cost = cost + body.contact_cost * np.square(self._contacts).sum(-1)
         reward = GOALS[self.goal](self._goals, velocity.reshape(self._shape), body) + body.alive - cost.reshape(self._shape)
         return self._observe(), reward, self._fallen().reshape(self._shape)
+
+    def _begin(self, states: list[tuple[Floats, Floats]]) -> None:
+        while len(self._data) < len(states):
+            self._data.append(self._mj.MjData(self.model))
+        self._live = self._data[: len(states)]
+        self._views = [(d.qpos, d.qvel, d.ctrl, d.qacc_warmstart) for d in self._live]
+        for data, (qpos, qvel) in zip(self._live, states, strict=True):
+            self._mj.mj_resetData(self.model, data)
+            data.qpos[:], data.qvel[:] = qpos, qvel
+            self._mj.mj_forward(self.model, data)
+            if self.body.contact_cost and self.body.paper:
+                self._mj.mj_rnePostConstraint(self.model, data)
+        self._read()
+
+    def _advance(self, actions: Floats) -> None:
+        for (_, _, ctrl, warm), data, action in zip(self._views, self._live, actions, strict=True):
+            ctrl[:] = action
+            if self.body.paper:
+                # Where it starts from is part of a solver's result, and nobody can say where another backend starts.
+                warm[:] = 0
+            self._mj.mj_step(self.model, data, self.body.frame_skip)
+            self._settle(data)
+        self._read()
 
     def _drawn(self, rng: np.random.Generator) -> tuple[Floats, Floats]:
         """First position and velocity, in Gymnasium's order of draws."""
@@ -178,6 +184,79 @@ class LocomotionWorld:
         return ~standing
 
 
+class PlanarWorld(LocomotionWorld):
+    """The same for a body in the x–z plane without contact costs, by `mujoco.rollout`: one call for all copies.
+
+    It returns positions and velocities only, and its sensors belong to the state before the step. The centre of mass
+    is therefore computed here: each body turns by the sum of the hinges above it, so that the centre is
+    root + c + Σ_k (a_k cos ω_k + b_k sin ω_k) with constants that a least-squares fit finds exactly.
+    """
+
+    def __init__(self, body: Body, goal: GoalName) -> None:
+        super().__init__(body, goal)
+        from mujoco.rollout import Rollout
+
+        self._rollout = Rollout(nthread=0)
+        self._one = self._mj.MjData(self.model)
+        self._full = self._mj.mjtState.mjSTATE_FULLPHYSICS
+        self._turns = self._chains()
+        self._centre = self._fitted() if body.paper else None
+
+    def _begin(self, states: list[tuple[Floats, Floats]]) -> None:
+        self._state = np.zeros((len(states), self._mj.mj_stateSize(self.model, self._full)))
+        nq = self.model.nq
+        for row, (qpos, qvel) in zip(self._state, states, strict=True):
+            row[1 : 1 + nq], row[1 + nq :] = qpos, qvel
+        self._next = np.zeros((len(states), 1, self._state.shape[1]))
+        self._live = [self._one] * len(states)
+        self._parse()
+
+    def _advance(self, actions: Floats) -> None:
+        control = np.repeat(actions.astype(np.float64)[:, None], self.body.frame_skip, 1)
+        states, _ = self._rollout.rollout(self.model, self._one, self._state, control)
+        self._state = states[:, -1]
+        self._parse()
+
+    def _parse(self) -> None:
+        nq = self.model.nq
+        self._qpos, self._qvel = self._state[:, 1 : 1 + nq], self._state[:, 1 + nq :]
+        self._x = self._qpos[:, 0]
+        if self._centre is not None:
+            angles, speeds = self._qpos @ self._turns, self._qvel @ self._turns
+            turned = np.concatenate([np.ones((len(angles), 1)), np.cos(angles), np.sin(angles)], 1)
+            moving = np.concatenate([np.zeros((len(angles), 1)), -np.sin(angles) * speeds, np.cos(angles) * speeds], 1)
+            xz = self._qpos[:, :2] + turned @ self._centre
+            self._com = np.stack([xz[:, 0], np.zeros(len(xz)), xz[:, 1]], 1)
+            self._velocity = self._qvel[:, 0] + (moving @ self._centre)[:, 0]
+
+    def _chains(self) -> Floats:
+        """[nq, bodies]: by which hinges a body is turned about y, and in which sense."""
+        model, turns = self.model, np.zeros((self.model.nq, self.model.nbody - 1))
+        for body in range(1, model.nbody):
+            above = body
+            while above:
+                first = model.body_jntadr[above]
+                for joint in range(first, first + model.body_jntnum[above]):
+                    if model.jnt_type[joint] == self._mj.mjtJoint.mjJNT_HINGE:
+                        turns[model.jnt_qposadr[joint], body - 1] = model.jnt_axis[joint][1]
+                above = model.body_parentid[above]
+        return turns
+
+    def _fitted(self) -> Floats:
+        """Constants [1 + 2 · bodies, 2] of the centre of mass, from MuJoCo's own at random postures."""
+        rng, rows, targets = np.random.default_rng(0), [], []
+        for _ in range(100):
+            qpos = rng.uniform(-1, 1, self.model.nq)
+            self._one.qpos[:] = qpos
+            self._mj.mj_kinematics(self.model, self._one)
+            self._mj.mj_comPos(self.model, self._one)
+            angles = qpos @ self._turns
+            rows.append(np.concatenate([[1], np.cos(angles), np.sin(angles)]))
+            targets.append(self._one.subtree_com[1][[0, 2]] - qpos[:2])
+        constants: Floats = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
+        return constants
+
+
 @dataclass(frozen=True)
 class Locomotion:
     """A robot, and what it is to do: run forward or backward, or at a velocity from U(0, fastest)."""
@@ -186,6 +265,8 @@ class Locomotion:
     """Robot and physics: …_v5 is Gymnasium's, …_paper the MAML paper's."""
     goal: GoalName = "direction"
     """direction: −1 or 1 times the velocity;  velocity: minus the distance from the goal's."""
+    backend: Literal["exact", "rollout"] = "exact"
+    """exact: an MjData per copy, equal to Gymnasium;  rollout: mujoco.rollout, faster, equal to solver tolerance (half_cheetah)."""
     rollouts: int = 20
     """Episodes per task and step (K)."""
     horizon: int = 200
@@ -197,6 +278,8 @@ class Locomotion:
         for name in ("rollouts", "horizon", "test_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 wanted")
+        if self.backend == "rollout" and BODIES[self.body].contact_cost:
+            raise ValueError(f"backend='rollout' gives no contact forces, which {self.body} is about; 'exact' does")
 
     @property
     def kind(self) -> Literal["control"]:
@@ -226,4 +309,5 @@ class Locomotion:
 
     def rollout(self, tasks: Arrays, act: Act, rngs: list[np.random.Generator], *, testing: bool) -> Arrays:
         episodes = -(-self.test_steps // self.horizon) if testing else self.rollouts
-        return collect(LocomotionWorld(BODIES[self.body], self.goal), tasks, act, rngs, episodes, self.horizon)
+        world = PlanarWorld if self.backend == "rollout" else LocomotionWorld
+        return collect(world(BODIES[self.body], self.goal), tasks, act, rngs, episodes, self.horizon)

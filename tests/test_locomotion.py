@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from envs.locomotion import BODIES, Locomotion, LocomotionWorld
+from envs.locomotion import BODIES, Locomotion, LocomotionWorld, PlanarWorld
 from envs.navigation import Navigation, PointWorld
 from envs.rollout import collect
 
@@ -72,6 +72,19 @@ def test_the_papers_bodies_follow_their_formulas(name: str) -> None:
             np.testing.assert_allclose(observation[1, 1, 29:113], contacts.ravel(), atol=1e-9)
             cost += body.contact_cost * np.square(contacts).sum()
         assert reward[1, 1] == pytest.approx(-data.subtree_linvel[1, 0] - cost + body.alive, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["half_cheetah_v5", "half_cheetah_paper"])
+def test_the_rollout_backend_agrees_with_the_exact_one(name: str) -> None:
+    worlds = [kind(BODIES[name], "velocity") for kind in (LocomotionWorld, PlanarWorld)]
+    starts = [w.reset({"goal": np.array([0.5, 1.5])}, 3, [np.random.default_rng(i) for i in (1, 2)]) for w in worlds]
+    np.testing.assert_allclose(starts[1], starts[0], atol=1e-12)
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        action = rng.uniform(-1.5, 1.5, (2, 3, 6)).astype(np.float32)
+        (a, rewards, _), (b, fast, _) = (w.step(action) for w in worlds)
+        np.testing.assert_allclose(b, a, atol=1e-7)
+        np.testing.assert_allclose(fast, rewards, atol=1e-7)
 
 
 def test_tasks_are_what_the_paper_draws() -> None:

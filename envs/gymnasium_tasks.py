@@ -1,0 +1,106 @@
+"""Any Gymnasium environment with something to set as a family of tasks: the slower, generic way."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.base import Arrays
+from envs.rollout import Act, Floats, collect
+
+
+class GymnasiumWorld:
+    """Copies of an environment, stepped one after the other; an episode ends where the environment terminates or truncates."""
+
+    ends = True
+
+    def __init__(self, make: Callable[[], Any], set_task: Callable[[Any, dict[str, Any]], None], observations: int, actions: int) -> None:
+        self._make, self._set_task = make, set_task
+        self.observations, self.actions = observations, actions
+        self._copies: list[Any] = []
+
+    def reset(self, tasks: Arrays, rollouts: int, rngs: list[np.random.Generator]) -> Floats:
+        self._shape = (len(rngs), rollouts)
+        while len(self._copies) < len(rngs) * rollouts:
+            self._copies.append(self._make())
+        self._live = self._copies[: len(rngs) * rollouts]
+        first = []
+        for i, copy in enumerate(self._live):
+            t = i // rollouts
+            self._set_task(copy, {k: v[t] for k, v in tasks.items()})
+            first.append(copy.reset(seed=int(rngs[t].integers(2**31)))[0])
+        self._over = np.zeros(len(self._live), bool)
+        self._seen = np.stack([np.asarray(o, np.float64).reshape(-1) for o in first])
+        return self._seen.reshape(*self._shape, -1)
+
+    def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        rewards = np.zeros(len(self._live))
+        for i, (copy, action) in enumerate(zip(self._live, actions.reshape(-1, self.actions), strict=True)):
+            if self._over[i]:
+                continue
+            space = copy.action_space
+            observation, reward, terminated, truncated, _ = copy.step(np.clip(action, space.low, space.high).astype(space.dtype))
+            self._seen[i] = np.asarray(observation, np.float64).reshape(-1)
+            rewards[i], self._over[i] = reward, terminated or truncated
+        return self._seen.reshape(*self._shape, -1).copy(), rewards.reshape(self._shape), self._over.reshape(self._shape).copy()
+
+
+@dataclass(frozen=True)
+class GymnasiumTasks(ABC):
+    """Derive, say how a task is drawn (`sample`) and how an environment is set to it (`set_task`); observations and actions are boxes."""
+
+    id: str
+    """The environment's id, as for `gymnasium.make`."""
+    rollouts: int = 20
+    """Episodes per task and step (K)."""
+    horizon: int = 200
+    """Time steps of an episode (H)."""
+    test_steps: int = 4000
+    """Time steps per task and step at validation and test."""
+
+    @abstractmethod
+    def sample(self, split: str, rng: np.random.Generator) -> Arrays:
+        """A task: numbers and arrays by name."""
+
+    @abstractmethod
+    def set_task(self, environment: Any, task: dict[str, Any]) -> None:
+        """Make `environment` that of `task`, before it is reset."""
+
+    @property
+    def kind(self) -> Literal["control"]:
+        return "control"
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return (int(np.prod(self._spaces()[0].shape)),)
+
+    @property
+    def outputs(self) -> int:
+        return int(np.prod(self._spaces()[1].shape))
+
+    def prepare(self) -> None:
+        """Raise ValueError where observations or actions are not boxes."""
+        from gymnasium.spaces import Box
+
+        for name, space in zip(("observations", "actions"), self._spaces(), strict=True):
+            if not isinstance(space, Box):
+                raise ValueError(f"{self.id} has {name} {space}: a Box wanted")
+
+    def rollout(self, tasks: Arrays, act: Act, rngs: list[np.random.Generator], *, testing: bool) -> Arrays:
+        episodes = -(-self.test_steps // self.horizon) if testing else self.rollouts
+        world = GymnasiumWorld(self._make, self.set_task, self.inputs[0], self.outputs)
+        return collect(world, tasks, act, rngs, episodes, self.horizon)
+
+    def _make(self) -> Any:
+        import gymnasium
+
+        return gymnasium.make(self.id)
+
+    def _spaces(self) -> tuple[Any, Any]:
+        environment = self._make()
+        return environment.observation_space, environment.action_space

@@ -46,7 +46,10 @@ def check(run: Run) -> Verdict:
     run.task.prepare()
     run, _ = assemble.resolved(replace(run, dtype="float64", device="cpu", pool="local"))
     parts, _ = assemble.recipe(run)
-    assert isinstance(parts.objective, Supervised)
+    if not isinstance(parts.objective, Supervised):
+        raise ValueError(
+            f"check compares supervised gradients with finite differences; this run's objective is {parts.objective.summary()}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = functional(smooth(run.model.build(run.task.inputs, run.task.outputs)).double())

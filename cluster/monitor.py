@@ -151,7 +151,10 @@ class Monitor:
             self._events_failed = True
 
     def _progress(self, iteration: int, values: Mapping[str, float]) -> None:
-        shown = {t: self.last.get(t, v) for t, v in values.items() if t.startswith("train/") and "loss" in t}
+        names = [t for t in values if t.startswith("train/") and "return" in t] or [
+            t for t in values if t.startswith("train/") and "loss" in t
+        ]
+        shown = {t: self.last.get(t, values[t]) for t in names}
         note = "  ".join(f"{t.removeprefix('train/')} {v:.4g}" for t, v in shown.items())
         if self._bar:
             self._bar.update(self._task, completed=iteration, note=note)

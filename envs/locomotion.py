@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +62,9 @@ GOALS: dict[GoalName, Callable[[Floats, Floats, Body], Floats]] = {
 }
 
 
+@cache
 def load(body: Body) -> Any:
-    """The body's MuJoCo model: Gymnasium's file, changed in code for the paper's physics."""
+    """The body's MuJoCo model: Gymnasium's file, changed in code for the paper's physics. One per process; nobody changes it."""
     import gymnasium
     import mujoco
 

@@ -66,7 +66,7 @@ class Reptile(InnerLoop):
         return Meta(params, tree.with_prefix(MOMENTS, self._optimiser().init(partition(params, self.adapts)[0])) if self._carries else {})
 
     def draw(self, data: Arrays, rng: np.random.Generator, steps: int) -> Arrays:
-        if not self.batch:
+        if not self.batch or "support_x" not in data:  # an RL task has no examples to choose from, only its episodes
             return data
         examples = len(data["support_x"])
         if not self.tail:

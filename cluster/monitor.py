@@ -151,9 +151,8 @@ class Monitor:
             self._events_failed = True
 
     def _progress(self, iteration: int, values: Mapping[str, float]) -> None:
-        names = [t for t in values if t.startswith("train/") and "return" in t] or [
-            t for t in values if t.startswith("train/") and "loss" in t
-        ]
+        train = [t for t in values if t.startswith("train/")]
+        names = [t for t in train if "return" in t] or [t for t in train if t.endswith("loss")]
         shown = {t: self.last.get(t, values[t]) for t in names}
         note = "  ".join(f"{t.removeprefix('train/')} {v:.4g}" for t, v in shown.items())
         if self._bar:

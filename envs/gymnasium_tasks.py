@@ -24,30 +24,29 @@ class GymnasiumWorld:
         self.observations, self.actions = observations, actions
         self._copies: list[Any] = []
 
-    def reset(self, tasks: Arrays, rollouts: int, rngs: list[np.random.Generator]) -> Floats:
-        self._shape = (len(rngs), rollouts)
-        while len(self._copies) < len(rngs) * rollouts:
+    def reset(self, tasks: Arrays, counts: list[int], rngs: list[np.random.Generator]) -> Floats:
+        self._shape = (len(rngs), max(counts))
+        while len(self._copies) < len(rngs) * max(counts):
             self._copies.append(self._make())
-        self._live = self._copies[: len(rngs) * rollouts]
-        first = []
+        self._live = self._copies[: len(rngs) * max(counts)]
+        self._seen = np.zeros((len(self._live), self.observations))
         for i, copy in enumerate(self._live):
-            t = i // rollouts
-            self._set_task(copy, {k: v[t] for k, v in tasks.items()})
-            first.append(copy.reset(seed=int(rngs[t].integers(2**31)))[0])
-        self._over = np.zeros(len(self._live), bool)
-        self._seen = np.stack([np.asarray(o, np.float64).reshape(-1) for o in first])
-        return self._seen.reshape(*self._shape, -1)
+            t, k = divmod(i, max(counts))
+            if k < counts[t]:
+                self._set_task(copy, {name: v[t] for name, v in tasks.items()})
+                self._seen[i] = np.asarray(copy.reset(seed=int(rngs[t].integers(2**31)))[0], np.float64).reshape(-1)
+        return self._seen.reshape(*self._shape, -1).copy()
 
-    def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-        rewards = np.zeros(len(self._live))
+    def step(self, actions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        rewards, over, moving = np.zeros(len(self._live)), np.zeros(len(self._live), bool), alive.reshape(-1)
         for i, (copy, action) in enumerate(zip(self._live, actions.reshape(-1, self.actions), strict=True)):
-            if self._over[i]:
+            if not moving[i]:
                 continue
             space = copy.action_space
             observation, reward, terminated, truncated, _ = copy.step(np.clip(action, space.low, space.high).astype(space.dtype))
             self._seen[i] = np.asarray(observation, np.float64).reshape(-1)
-            rewards[i], self._over[i] = reward, terminated or truncated
-        return self._seen.reshape(*self._shape, -1).copy(), rewards.reshape(self._shape), self._over.reshape(self._shape).copy()
+            rewards[i], over[i] = reward, terminated or truncated
+        return self._seen.reshape(*self._shape, -1).copy(), rewards.reshape(self._shape), over.reshape(self._shape)
 
 
 @dataclass(frozen=True)

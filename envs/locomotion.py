@@ -90,18 +90,19 @@ class LocomotionWorld:
         self._data: list[Any] = []
         self._start = self.model.numeric_data[:15].copy() if body.paper and body.asset == "ant.xml" else self.model.qpos0.copy()
 
-    def reset(self, tasks: Arrays, rollouts: int, rngs: list[np.random.Generator]) -> Floats:
+    def reset(self, tasks: Arrays, counts: list[int], rngs: list[np.random.Generator]) -> Floats:
         self._goals = np.asarray(tasks["goal"], np.float64)[:, None]
-        self._shape = (len(rngs), rollouts)
-        self._begin([self._drawn(rng) for rng in rngs for _ in range(rollouts)])
+        self._shape = (len(rngs), max(counts))
+        still = self._start, np.zeros(self.model.nv)
+        self._begin([self._drawn(rng) if k < n else still for rng, n in zip(rngs, counts, strict=True) for k in range(max(counts))])
         return self._observe()
 
-    def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    def step(self, actions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         body, before = self.body, self._x
         flat = actions.reshape(-1, self.actions)
         # Torque limits ±1: MuJoCo clips what drives the body, rllab clips what is paid for as well.
         paid = np.clip(flat, -1, 1) if body.paper else flat
-        self._advance(flat)
+        self._advance(flat, alive.reshape(-1))
         velocity = self._velocity if body.paper else (self._x - before) / (body.timestep * body.frame_skip)
         cost = body.control_cost * np.square(paid.astype(np.float64)).sum(-1)
         if body.contact_cost:
@@ -122,8 +123,10 @@ class LocomotionWorld:
                 self._mj.mj_rnePostConstraint(self.model, data)
         self._read()
 
-    def _advance(self, actions: Floats) -> None:
-        for (_, _, ctrl, warm), data, action in zip(self._views, self._live, actions, strict=True):
+    def _advance(self, actions: Floats, alive: NDArray[np.bool_]) -> None:
+        for (_, _, ctrl, warm), data, action, moves in zip(self._views, self._live, actions, alive, strict=True):
+            if not moves:
+                continue
             ctrl[:] = action
             if self.body.paper:
                 # Where it starts from is part of a solver's result, and nobody can say where another backend starts.
@@ -213,7 +216,7 @@ class PlanarWorld(LocomotionWorld):
         self._live = [self._one] * len(states)
         self._parse()
 
-    def _advance(self, actions: Floats) -> None:
+    def _advance(self, actions: Floats, alive: NDArray[np.bool_]) -> None:
         control = np.repeat(actions.astype(np.float64)[:, None], self.body.frame_skip, 1)
         states, _ = self._rollout.rollout(self.model, self._one, self._state, control)
         self._state = states[:, -1]

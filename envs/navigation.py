@@ -25,12 +25,12 @@ class PointWorld:
     observations = actions = 2
     ends = True
 
-    def reset(self, tasks: Arrays, rollouts: int, rngs: list[np.random.Generator]) -> Floats:
+    def reset(self, tasks: Arrays, counts: list[int], rngs: list[np.random.Generator]) -> Floats:
         self._goal = tasks["goal"].astype(np.float64)[:, None]
-        self._at = np.zeros((len(rngs), rollouts, 2))
+        self._at = np.zeros((len(rngs), max(counts), 2))
         return self._at
 
-    def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    def step(self, actions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         self._at = self._at + np.clip(actions, -STEP, STEP)
         away = self._at - self._goal
         return self._at, -np.linalg.norm(away, axis=-1), np.all(np.abs(away) < NEAR, axis=-1, keepdims=False).astype(bool)

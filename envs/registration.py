@@ -19,6 +19,7 @@ from envs.navigation import STEP, Navigation, PointWorld
 from envs.rollout import World
 
 Task = dict[str, Any]
+ALIVE = np.ones((1, 1), bool)
 
 
 class _Tasks:
@@ -60,11 +61,11 @@ class TaskEnv(_Tasks, gymnasium.Env[Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self._task = (options or {}).get("task", self._task)
-        observation = self.world.reset({k: np.asarray(v)[None] for k, v in self._task.items()}, 1, [self.np_random])
+        observation = self.world.reset({k: np.asarray(v)[None] for k, v in self._task.items()}, [1], [self.np_random])
         return np.array(observation[0, 0], np.float64), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        observation, reward, ended = self.world.step(np.asarray(action)[None, None])
+        observation, reward, ended = self.world.step(np.asarray(action)[None, None], ALIVE)
         return np.array(observation[0, 0], np.float64), float(reward[0, 0]), bool(ended[0, 0]), False, {}
 
 
@@ -93,10 +94,10 @@ class TaskVectorEnv(_Tasks, VectorEnv[Any, Any, Any]):
         self._rngs = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
         self._elapsed = 0
         tasks = {k: np.stack([np.asarray(t[k]) for t in self._tasks]) for k in self._tasks[0]}
-        return np.array(self.world.reset(tasks, 1, self._rngs)[:, 0], np.float64), {}
+        return np.array(self.world.reset(tasks, [1] * self.num_envs, self._rngs)[:, 0], np.float64), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        observation, reward, ended = self.world.step(np.asarray(actions)[:, None])
+        observation, reward, ended = self.world.step(np.asarray(actions)[:, None], np.ones((self.num_envs, 1), bool))
         self._elapsed += 1
         truncated = np.full(self.num_envs, bool(self._limit) and self._elapsed >= self._limit)
         return np.array(observation[:, 0], np.float64), np.array(reward[:, 0], np.float64), ended[:, 0].copy(), truncated, {}

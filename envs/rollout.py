@@ -23,11 +23,11 @@ class World(Protocol):
     ends: bool
     """Whether an episode can end before the horizon."""
 
-    def reset(self, tasks: Arrays, rollouts: int, rngs: list[np.random.Generator]) -> Floats:
-        """Begin `rollouts` episodes of each task; observations [tasks, rollouts, o]."""
+    def reset(self, tasks: Arrays, counts: list[int], rngs: list[np.random.Generator]) -> Floats:
+        """Begin `counts[t]` episodes of task t; observations [tasks, max(counts), o], those beyond a task's count idle."""
 
-    def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-        """(observations, rewards [tasks, rollouts], whether the episode has ended here)."""
+    def step(self, actions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        """(observations, rewards [tasks, rollouts], whether the episode has ended here); only those `alive` need to move."""
 
 
 def collect(world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generator], episodes: int, horizon: int) -> Arrays:
@@ -50,9 +50,11 @@ def collect(world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generato
     }
     filled, numbers, sums = np.zeros(count, int), np.zeros(count, int), np.zeros(count)
     while (open_ := np.flatnonzero(filled < budget)).size:
-        wave = _wave(world, {k: v[open_] for k, v in tasks.items()}, open_, act, [rngs[t] for t in open_], episodes, horizon)
+        # As many episodes as will be enough if they last as long as this task's have so far: no other task has a say.
+        counts = [int(np.ceil((budget - filled[t]) / (filled[t] / numbers[t]))) if numbers[t] else episodes for t in open_]
+        wave = _wave(world, {k: v[open_] for k, v in tasks.items()}, open_, act, [rngs[t] for t in open_], counts, horizon)
         for row, t in enumerate(open_):
-            for k in range(episodes):
+            for k in range(counts[row]):
                 if filled[t] >= budget:
                     break
                 length = int(wave["lengths"][row, k])
@@ -69,19 +71,22 @@ def collect(world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generato
 
 
 def _wave(
-    world: World, tasks: Arrays, which: NDArray[np.intp], act: Act, rngs: list[np.random.Generator], rollouts: int, horizon: int
+    world: World, tasks: Arrays, which: NDArray[np.intp], act: Act, rngs: list[np.random.Generator], counts: list[int], horizon: int
 ) -> Arrays:
-    """`rollouts` episodes of each task side by side, each to its end or to the horizon."""
-    shape = (len(rngs), rollouts)
-    noise = np.stack([rng.standard_normal((rollouts, horizon, world.actions), np.float32) for rng in rngs])
-    observation = world.reset(tasks, rollouts, rngs)
+    """`counts[t]` episodes of each task side by side, each to its end or to the horizon."""
+    shape = (len(rngs), max(counts))
+    noise = np.zeros((*shape, horizon, world.actions), np.float32)
+    for t, rng in enumerate(rngs):
+        noise[t, : counts[t]] = rng.standard_normal((counts[t], horizon, world.actions), np.float32)
+    observation = world.reset(tasks, counts, rngs)
     observations = np.zeros((*shape, horizon, world.observations), np.float32)
     actions = np.zeros((*shape, horizon, world.actions), np.float32)
-    rewards, lengths, alive = np.zeros((*shape, horizon)), np.zeros(shape, int), np.ones(shape, bool)
+    rewards, lengths = np.zeros((*shape, horizon)), np.zeros(shape, int)
+    alive = np.arange(shape[1]) < np.array(counts)[:, None]
     for time in range(horizon):
         observations[:, :, time] = observation
         actions[:, :, time] = act(which, observations[:, :, time], noise[:, :, time])
-        observation, rewards[:, :, time], ended = world.step(actions[:, :, time])
+        observation, rewards[:, :, time], ended = world.step(actions[:, :, time], alive)
         lengths += alive
         alive &= ~ended
         if not alive.any():

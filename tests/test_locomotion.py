@@ -25,13 +25,13 @@ def test_gymnasiums_bodies_step_to_the_same_bits(name: str) -> None:
     world = LocomotionWorld(BODIES[name], "velocity")
     goal, rng = 1.3, np.random.default_rng(0)
     wanted, _ = environment.reset(seed=7)
-    got = world.reset({"goal": np.array([goal])}, 1, [np.random.Generator(np.random.PCG64(np.random.SeedSequence(7)))])
+    got = world.reset({"goal": np.array([goal])}, [1], [np.random.Generator(np.random.PCG64(np.random.SeedSequence(7)))])
     np.testing.assert_array_equal(got[0, 0], wanted)
     ends = 0
     for _ in range(220):
         action = rng.uniform(-1.2, 1.2, BODIES[name].actions).astype(np.float32)
         wanted, _, ended, _, info = environment.step(action)
-        got, reward, over = world.step(action[None, None])
+        got, reward, over = world.step(action[None, None], np.ones((1, 1), bool))
         np.testing.assert_array_equal(got[0, 0], wanted)
         assert bool(over[0, 0]) == ended
         bonus = BODIES[name].bonus + BODIES[name].alive
@@ -49,14 +49,14 @@ def test_the_papers_bodies_follow_their_formulas(name: str) -> None:
     world = LocomotionWorld(body, "direction")
     assert world.model.opt.timestep == (0.01 if "cheetah" in name else 0.02)
     rngs = [np.random.default_rng(i) for i in (1, 2)]
-    observation = world.reset({"goal": np.array([1.0, -1.0])}, 2, rngs)
+    observation = world.reset({"goal": np.array([1.0, -1.0])}, [2, 2], rngs)
     assert observation.shape == (2, 2, body.observations)
     data, rng = mujoco.MjData(world.model), np.random.default_rng(3)
     actions = rng.uniform(-1.5, 1.5, (30, 2, 2, body.actions))
     for action in actions:
         source = world._live[3]
         data.qpos[:], data.qvel[:], data.ctrl[:] = source.qpos, source.qvel, action[1, 1]
-        observation, reward, _ = world.step(action)
+        observation, reward, _ = world.step(action, np.ones((2, 2), bool))
         data.qacc_warmstart[:] = 0
         mujoco.mj_step(world.model, data)
         mujoco.mj_forward(world.model, data)
@@ -77,12 +77,12 @@ def test_the_papers_bodies_follow_their_formulas(name: str) -> None:
 @pytest.mark.parametrize("name", ["half_cheetah_v5", "half_cheetah_paper"])
 def test_the_rollout_backend_agrees_with_the_exact_one(name: str) -> None:
     worlds = [kind(BODIES[name], "velocity") for kind in (LocomotionWorld, PlanarWorld)]
-    starts = [w.reset({"goal": np.array([0.5, 1.5])}, 3, [np.random.default_rng(i) for i in (1, 2)]) for w in worlds]
+    starts = [w.reset({"goal": np.array([0.5, 1.5])}, [3, 3], [np.random.default_rng(i) for i in (1, 2)]) for w in worlds]
     np.testing.assert_allclose(starts[1], starts[0], atol=1e-12)
     rng = np.random.default_rng(3)
     for _ in range(50):
         action = rng.uniform(-1.5, 1.5, (2, 3, 6)).astype(np.float32)
-        (a, rewards, _), (b, fast, _) = (w.step(action) for w in worlds)
+        (a, rewards, _), (b, fast, _) = (w.step(action, np.ones((2, 3), bool)) for w in worlds)
         np.testing.assert_allclose(b, a, atol=1e-7)
         np.testing.assert_allclose(fast, rewards, atol=1e-7)
 

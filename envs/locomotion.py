@@ -6,6 +6,7 @@ The two physics are different worlds whose returns cannot be compared, hence the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from envs.base import Arrays, check_split
 from envs.rollout import Act, Floats, collect
+
+log = logging.getLogger("metafleet")
 
 BodyName = Literal["half_cheetah_v5", "half_cheetah_paper", "ant_v5", "ant_paper"]
 GoalName = Literal["direction", "velocity"]
@@ -68,6 +71,8 @@ def load(body: Body) -> Any:
     import gymnasium
     import mujoco
 
+    # Without a handler MuJoCo writes its warnings into a file in the current folder.
+    mujoco.set_mju_user_warning(_warn)
     path = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / body.asset
     model = mujoco.MjModel.from_xml_path(str(path))
     model.opt.timestep = body.timestep
@@ -75,6 +80,11 @@ def load(body: Body) -> Any:
         model.geom_solref[:] = (0.02, 1.0)
         model.geom_solimp[:, :3] = (0.8, 0.8, 0.01)
     return model
+
+
+def _warn(message: str) -> None:
+    if "settotalmass" not in message:  # of Gymnasium's model file; nothing to be done about it here
+        log.warning("MuJoCo: %s", message)
 
 
 class LocomotionWorld:

@@ -68,7 +68,8 @@ def tables(groups: list[Group]) -> list[Table]:
     """One table per measure: a row per group, columns for inner steps 0, 1 and the last."""
     measures = list(dict.fromkeys(m for g in groups for m in g.results[0]["mean"]))
     attacked = list(dict.fromkeys(m for g in groups for m in g.attacked() if not m.split("/")[-1].startswith("loss")))
-    return [_table(groups, measure) for measure in measures] + ([_attacked(groups, attacked)] if attacked else [])
+    names = dict.fromkeys(key.split("/")[-1] for key in attacked)
+    return [_table(groups, m) for m in measures] + [_attacked(groups, m, [k for k in attacked if k.endswith(f"/{m}")]) for m in names]
 
 
 def write(tables: list[Table], out: Path) -> None:
@@ -81,22 +82,24 @@ def write(tables: list[Table], out: Path) -> None:
 
 
 def plot(groups: list[Group], out: Path) -> None:
-    """Adaptation curves on test tasks, and validation over meta-iterations, of each measure's first."""
+    """Adaptation curves on test tasks, and validation over meta-iterations where there was any, of the first measure."""
     from matplotlib.figure import Figure
 
     measure = next(iter(groups[0].results[0]["mean"]))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    validated = any(lines for group in groups for lines in group.validation)
+    figure = Figure(figsize=(11 if validated else 8, 4.2), layout="constrained")
+    left, *rest = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
     for group in (g for g in groups if measure in g.results[0]["mean"]):
         mean, half = group.curve(measure)
         (line,) = left.plot(mean, label=group.label)
         left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, color=line.get_color())
-        for lines in group.validation:
+        for right, lines in ((right, lines) for right in rest for lines in group.validation):
             points = [(v["iteration"], v["curve"][measure][-1]) for v in lines if measure in v["curve"]]
             right.plot([i for i, _ in points], [v for _, v in points], color=line.get_color(), alpha=0.7)
     name = measure.replace("_", " ", 1)
     left.set(xlabel="inner steps", ylabel=f"test {name} (95 % CI)")
-    right.set(xlabel="meta-iterations", ylabel=f"validation {name}, last inner step")
+    for right in rest:
+        right.set(xlabel="meta-iterations", ylabel=f"validation {name}, last inner step")
     left.legend(fontsize="small")
     figure.savefig(out, dpi=110)
 
@@ -125,13 +128,13 @@ def _table(groups: list[Group], measure: str) -> Table:
     return table
 
 
-def _attacked(groups: list[Group], measures: list[str]) -> Table:
-    table = Table(title="test tasks under attack, support/query: mean ± 95 % CI")
+def _attacked(groups: list[Group], name: str, keys: list[str]) -> Table:
+    table = Table(title=f"test {name.replace('_', ' ', 1)} under attack, by support/query: mean ± 95 % CI")
     table.add_column("run", no_wrap=True)
-    for measure in measures:
-        table.add_column(measure.replace("_", " ", 1), justify="right")
+    for key in keys:
+        table.add_column(key.rpartition("/")[0], justify="right")
     for group in groups:
         found = group.attacked()
         if found:
-            table.add_row(group.label, *("{:.4f} ± {:.4f}".format(*found[m]) if m in found else "" for m in measures))
+            table.add_row(group.label, *("{:.4f} ± {:.4f}".format(*found[m]) if m in found else "" for m in keys))
     return table

@@ -19,7 +19,7 @@ from cluster.messages import Assignment, Broadcast, Vector
 from envs import store
 from envs.base import Arrays, HasFiles, TaskDistribution
 from learners import kernels, verbs
-from learners.base import Data, Learner, Objective, Outer, Params, Verb
+from learners.base import Data, Fixed, Learner, Objective, Outer, Params, Verb
 from learners.execution import Execution, Mode
 from learners.outer import Descent
 from learners.robustness import Robustness
@@ -81,6 +81,7 @@ class Worker:
         self._values: dict[int, Params] = {}
         self._shards: OrderedDict[tuple[object, ...], Data] = OrderedDict()
         self._recorded: dict[tuple[object, int, str, int, int], Data] = {}
+        self._fixed: dict[tuple[object, int, str, int, int], list[Fixed]] = {}
 
     def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, Vector]:
         """The encoded sum of an encoded assignment; `at` and `operand` are the broadcasts that it names.
@@ -96,7 +97,10 @@ class Worker:
         theta = self._value(assignment.at, at)
         beside = self._value(assignment.operand, operand) if assignment.operand is not None else {}
         execution = self._light if verb.light else self._run
-        result = execution.run(verb.run, theta, beside, self._shard(assignment, verb, theta))
+        if verb.fix and execution.mode == "loop":
+            result = execution.each(self._fixed_at(assignment, verb, theta), beside)
+        else:
+            result = execution.run(verb.run, theta, beside, self._shard(assignment, verb, theta))
         return wire.encode_sum(assignment, self.name, time.perf_counter() - begin, result)
 
     def _value(self, handle: int, message: Broadcast | None) -> Params:
@@ -107,8 +111,9 @@ class Worker:
     def _forget(self, oldest: int) -> None:
         for handle in [h for h in self._values if h < oldest]:
             del self._values[handle]
-        for key in [k for k in self._recorded if k[1] < oldest]:
-            del self._recorded[key]
+        for kept in (self._recorded, self._fixed):
+            for key in [k for k in kept if k[1] < oldest]:
+                del kept[key]
 
     def _shard(self, a: Assignment, verb: Verb, theta: Params) -> Data:
         """The data of an assignment; what was lived through at a θ is kept as long as that θ is."""
@@ -118,6 +123,15 @@ class Worker:
         if key not in self._recorded:
             self._recorded[key] = verb.record(theta, self._drawn(a, verb))
         return self._recorded[key]
+
+    def _fixed_at(self, a: Assignment, verb: Verb, theta: Params) -> list[Fixed]:
+        """The tasks of an assignment with only the operand left open, kept as long as θ is."""
+        assert verb.fix
+        key = (verb.fix, a.at, a.split, a.start, a.stop)
+        if key not in self._fixed:
+            data = self._shard(a, verb, theta)
+            self._fixed[key] = [verb.fix(theta, {k: v[i] for k, v in data.items()}) for i in range(a.stop - a.start)]
+        return self._fixed[key]
 
     def _drawn(self, a: Assignment, verb: Verb) -> Data:
         key = (verb.draw, a.split, a.start, a.stop)

@@ -128,6 +128,7 @@ class HasRates(Protocol):
 
 
 VerbFunction: TypeAlias = Callable[[Params, Params, Data], Share]
+Fixed: TypeAlias = Callable[[Params], Share]
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,15 @@ class Verb:
 
     `at` is a packed Meta; `operand` whatever the outer step broadcast beside it ({} if nothing). Where tasks must be
     lived through, `record(at, data)` makes the stacked data of a shard what they are at this θ. Without `draw` a verb
-    works on the data of `gradient`. A `light` verb runs too seldom to be worth compiling.
+    works on the data of `gradient`. A `light` verb runs too seldom to be worth compiling. `fix(at, data)` is `run` with
+    only the operand left open: where a verb is asked again and again at the same θ, a worker may keep what it returns.
     """
 
     run: VerbFunction
     draw: Callable[[Arrays, np.random.Generator], Arrays] | None = None
     light: bool = False
     record: Callable[[Params, Data], Data] | None = None
+    fix: Callable[[Params, Data], Fixed] | None = None
 
 
 Verbs: TypeAlias = Mapping[str, Verb]

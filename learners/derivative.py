@@ -85,24 +85,32 @@ def linearised(loss: Callable[[Params], Tensor], at: Params) -> Callable[[Params
 
 
 def gauss_newton(
-    function: Callable[[Params], Tensor], at: Params, v: Params, metric: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Params, Tensor]:
-    """(Jᵀ F J v, function(at)), J the Jacobian of `function` at `at`, and `metric(value, u)` = F u at that value; constants.
+    function: Callable[[Params], Tensor], at: Params, metric: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Params], Params]:
+    """v ↦ Jᵀ F J v, a constant: J the Jacobian of `function` at `at`, `metric(value, u)` = F u at that value.
 
-    With plain autograd J v is the derivative of Jᵀz with respect to z: the function runs once.
+    With plain autograd J v is the derivative of Jᵀz with respect to z, so that one graph serves all v.
     """
     if transformed():
-        value, moved = torch.func.jvp(function, (at,), (v,))  # type: ignore[misc]
-        (product,) = torch.func.vjp(function, at)[1](metric(value, moved))
-        return {k: p.detach() for k, p in product.items()}, value.detach()
+
+        def transform(v: Params) -> Params:
+            value, moved = torch.func.jvp(function, (at,), (v,))  # type: ignore[misc]
+            (product,) = torch.func.vjp(function, at)[1](metric(value, moved))
+            return {k: p.detach() for k, p in product.items()}
+
+        return transform
     with torch.enable_grad():
         leaves = _leaves(at)
         inputs, value = list(leaves.values()), function(leaves)
         z = torch.zeros_like(value, requires_grad=True)
         back = torch.autograd.grad(value, inputs, z, create_graph=True, materialize_grads=True)
+
+    def product(v: Params) -> Params:
         (moved,) = torch.autograd.grad(back, z, [v[k] for k in leaves], retain_graph=True, materialize_grads=True)
-        found = torch.autograd.grad(value, inputs, metric(value, moved).detach(), materialize_grads=True)
-    return dict(zip(leaves, found, strict=True)), value.detach()
+        found = torch.autograd.grad(value, inputs, metric(value, moved).detach(), retain_graph=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
+
+    return product
 
 
 Kind = Literal["inner gradient", "attack"]

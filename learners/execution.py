@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from learners.base import Data, Params, Share, Sum, VerbFunction
+from learners.base import Data, Fixed, Params, Share, Sum, VerbFunction
 from learners.derivative import transforms
 
 Mode = Literal["loop", "vmap", "compiled"]
@@ -35,11 +35,14 @@ class Execution:
         """Σ over the stacked tasks of `data`, whose tensors are [tasks, …]."""
         tasks = len(next(iter(data.values())))
         if self.mode == "loop":
-            parts = [_one(task, at, operand, {k: v[i] for k, v in data.items()}) for i in range(tasks)]
-            return _added(parts)
+            return self.each([lambda operand, i=i: task(at, operand, {k: v[i] for k, v in data.items()}) for i in range(tasks)], operand)  # type: ignore[misc]
         size = self.chunk or tasks
         chunks = [{k: v[i : i + size] for k, v in data.items()} for i in range(0, tasks, size)]
         return _added(self._batch(task, at, operand, chunk) for chunk in chunks)
+
+    def each(self, tasks: list[Fixed], operand: Params) -> Sum:
+        """Σ over tasks of which only the operand was left open."""
+        return _added(_stacked(task(operand)) for task in tasks)
 
     def _batch(self, task: VerbFunction, at: Params, operand: Params, data: Data) -> Stacked:
         batched = _over_tasks(task)
@@ -52,8 +55,7 @@ class Execution:
         return self._compiled[key](at, operand, data)
 
 
-def _one(task: VerbFunction, at: Params, operand: Params, data: Data) -> Stacked:
-    share = task(at, operand, data)
+def _stacked(share: Share) -> Stacked:
     return share.total, share.weight, {k: v.unsqueeze(0) for k, v in share.row.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learners import policy_gradient, tree
-from learners.base import Data, Learner, Meta, Objective, Params, Reduce, Share, Sum, Verb, Verbs, unpack
+from learners.base import Data, Fixed, Learner, Meta, Objective, Params, Reduce, Share, Sum, Verb, Verbs, unpack
 from learners.conjugate_gradient import conjugate_gradient
 from learners.derivative import gauss_newton
 
@@ -66,13 +66,11 @@ class TrustRegion:
             steps = int(getattr(learner, "inner_steps", 1))
             return policy.distribution(learner.adapt(Meta(params, meta.slots), policy, data, steps), data)
 
-        def curvature(at: Params, operand: Params, data: Data) -> Share:
+        def curvature(at: Params, data: Data) -> Fixed:
             meta, data = unpack(at), _thinned(data, every)
             mask = data["mask"][-1]
-            product, _ = gauss_newton(
-                lambda p: adapted(meta, p, data), meta.params, operand, lambda value, u: _fisher(value, u) * mask.unsqueeze(-1)
-            )
-            return Share(product, mask.sum(), {})
+            product = gauss_newton(lambda p: adapted(meta, p, data), meta.params, lambda value, u: _fisher(value, u) * mask.unsqueeze(-1))
+            return lambda v: Share(product(v), mask.sum(), {})
 
         def surrogate(at: Params, operand: Params, data: Data) -> Share:
             meta = unpack(at)
@@ -83,7 +81,7 @@ class TrustRegion:
                 loss = policy.query(phi, data)
             return Share({"loss": loss, "kl": away, "steps": mask.sum()}, torch.ones_like(loss), {})
 
-        return {"curvature": Verb(curvature), "surrogate": Verb(surrogate)}
+        return {"curvature": Verb(lambda at, v, data: curvature(at, data)(v), fix=curvature), "surrogate": Verb(surrogate)}
 
     def step(self, meta: Meta, state: Params, reduce: Reduce) -> tuple[Meta, Params, dict[str, float]]:
         result = reduce("gradient", None)

@@ -17,7 +17,7 @@ import torch
 from cluster import seeds, wire
 from cluster.messages import Assignment, Broadcast, Vector
 from envs import store
-from envs.base import Arrays, HasFiles, TaskDistribution
+from envs.base import Arrays, HasFiles, HasFixedTasks, TaskDistribution
 from learners import kernels, verbs
 from learners.base import Data, Fixed, Learner, Objective, Outer, Params, Verb
 from learners.execution import Execution, Mode
@@ -58,7 +58,8 @@ class Recipe:
     def task(self, split: str, index: int, verb: Verb) -> Arrays:
         """Task `index` of `split`, complete for `verb`. Held-out tasks do not depend on the run's seed."""
         seed = self.seed if split == "train" else self.evaluation_seed
-        data = self.tasks.sample(split, seeds.generator(seed, split, index, "task"))
+        fixed = self.tasks.fixed(split, index) if isinstance(self.tasks, HasFixedTasks) else None
+        data = self.tasks.sample(split, seeds.generator(seed, split, index, "task")) if fixed is None else dict(fixed)
         return verb.draw(data, seeds.generator(seed, split, index, "draw")) if verb.draw else data
 
     def tensors(self, arrays: Arrays) -> Data:

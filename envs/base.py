@@ -65,6 +65,26 @@ class HasPicture(Protocol):
         """`predict[i](x)` gives the outputs of task i after each of `steps`."""
 
 
+@runtime_checkable
+class HasFixedTasks(Protocol):
+    """Tasks that a protocol fixes one by one, so that results compare with published ones."""
+
+    def fixed(self, split: str, index: int) -> Arrays | None:
+        """Task `index` of `split`; None where it is drawn."""
+
+
+@runtime_checkable
+class HasGroups(Protocol):
+    """Tasks of a few kinds whose results are also reported apart."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the kinds; () where there are none."""
+
+    def group(self, task: Arrays) -> int:
+        """Index into `groups`."""
+
+
 def check_split(split: str) -> None:
     """Raise ValueError for a split that does not exist."""
     if split not in SPLITS:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.base import Arrays
-from envs.rollout import Act, Floats, collect
+from envs.rollout import Act, Floats, check_sizes, collect
 
 
 class GymnasiumWorld:
@@ -61,6 +61,9 @@ class GymnasiumTasks(ABC):
     """Time steps of an episode (H)."""
     test_steps: int = 4000
     """Time steps per task and step at validation and test."""
+
+    def __post_init__(self) -> None:
+        check_sizes(rollouts=self.rollouts, horizon=self.horizon, test_steps=self.test_steps)
 
     @abstractmethod
     def sample(self, split: str, rng: np.random.Generator) -> Arrays:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.base import Arrays, check_split
-from envs.rollout import Act, Floats, collect
+from envs.rollout import Act, Floats, Told, check_sizes, collect, collect_finished
 
 STEP = 0.1
 NEAR = 0.01
-HELD_OUT = 40
+PUBLISHED = np.random.RandomState(1).uniform(-0.5, 0.5, (40, 2))
 
 
 class PointWorld:
@@ -33,14 +33,14 @@ class PointWorld:
     def step(self, actions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         self._at = self._at + np.clip(actions, -STEP, STEP)
         away = self._at - self._goal
-        return self._at, -np.linalg.norm(away, axis=-1), np.all(np.abs(away) < NEAR, axis=-1, keepdims=False).astype(bool)
+        return self._at, -np.linalg.norm(away, axis=-1), np.all(np.abs(away) < NEAR, axis=-1)
 
 
 @dataclass(frozen=True)
 class Navigation:
     """Goals from U(−0.5, 0.5)²; policies see their position only. Horizon 100.
 
-    Validation and test tasks are drawn as training tasks are, with the evaluation's seed.
+    Validation and test tasks are drawn as training tasks are, unless the paper's are asked for.
     """
 
     rollouts: int = 20
@@ -49,11 +49,16 @@ class Navigation:
     """Time steps of an episode (H)."""
     test_steps: int = 4000
     """Time steps per task and step at validation and test."""
+    test_tasks: Literal["drawn", "paper"] = "drawn"
+    """Test goals: drawn with the evaluation's seed, or the paper's 40."""
+    test_sampler: Literal["begun", "finished"] = "begun"
+    """Which episodes count at validation and test: those that begin first; or, as rllab samples, those that finish first, of which
+    short ones are over-represented."""
+    known: bool = False
+    """Append the goal to the observations: no adaptation is needed then (the paper's oracle)."""
 
     def __post_init__(self) -> None:
-        for name in ("rollouts", "horizon", "test_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 wanted")
+        check_sizes(rollouts=self.rollouts, horizon=self.horizon, test_steps=self.test_steps)
 
     @property
     def kind(self) -> Literal["control"]:
@@ -61,7 +66,7 @@ class Navigation:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        return (2,)
+        return (4 if self.known else 2,)
 
     @property
     def outputs(self) -> int:
@@ -74,6 +79,11 @@ class Navigation:
         check_split(split)
         return {"goal": rng.uniform(-0.5, 0.5, 2)}
 
+    def fixed(self, split: str, index: int) -> Arrays | None:
+        return {"goal": PUBLISHED[index % len(PUBLISHED)]} if split == "test" and self.test_tasks == "paper" else None
+
     def rollout(self, tasks: Arrays, act: Act, rngs: list[np.random.Generator], *, testing: bool) -> Arrays:
         episodes = -(-self.test_steps // self.horizon) if testing else self.rollouts
-        return collect(PointWorld(), tasks, act, rngs, episodes, self.horizon)
+        world = Told(PointWorld(), 2) if self.known else PointWorld()
+        gather = collect_finished if testing and self.test_sampler == "finished" else collect
+        return gather(world, tasks, act, rngs, episodes, self.horizon)

@@ -14,7 +14,8 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.locomotion import BODIES, GOALS, BodyName, GoalName, Locomotion, LocomotionWorld
+from envs.bodies import BODIES, GOALS, BodyName, GoalName
+from envs.locomotion import Locomotion, LocomotionWorld
 from envs.navigation import STEP, Navigation, PointWorld
 from envs.rollout import World
 
@@ -32,7 +33,7 @@ class _Tasks:
         if body is None or goal is None:
             self.world, self.family, limit = PointWorld(), Navigation(), STEP
         else:
-            self.world, self.family, limit = LocomotionWorld(BODIES[body], goal), Locomotion(body, goal), 1.0
+            self.world, self.family, limit = LocomotionWorld(BODIES[body], GOALS[goal]), Locomotion(body, goal), 1.0
         observations = Box(-np.inf, np.inf, (self.world.observations,), np.float64)
         return observations, Box(-limit, limit, (self.world.actions,), np.float32)
 
@@ -105,7 +106,7 @@ class TaskVectorEnv(_Tasks, VectorEnv[Any, Any, Any]):
 
 def ids() -> list[str]:
     """The registered ids."""
-    return ["metafleet/navigation-v0"] + [f"metafleet/{body}-{goal}-v0" for body in BODIES for goal in GOALS]
+    return ["metafleet/navigation-v0"] + [f"metafleet/{name}-{goal}-v0" for name, body in BODIES.items() for goal in body.goals]
 
 
 def _register() -> None:

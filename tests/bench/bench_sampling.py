@@ -10,7 +10,9 @@ import mujoco
 import numpy as np
 import torch
 
-from envs.locomotion import BODIES, BodyName, LocomotionWorld, PlanarWorld, load
+from envs.bodies import BODIES, GOALS, BodyName, load
+from envs.locomotion import LocomotionWorld
+from envs.planar import PlanarWorld
 from envs.rollout import collect
 from learners.control import Control
 from learners.models import GaussianMLP, functional
@@ -72,9 +74,9 @@ def main() -> None:
     print(machine())
     fine = True
     for name, body in BODIES.items():
-        calls = {"bare physics": bare(name), "exact": sampler(LocomotionWorld(body, "velocity"))}
+        calls = {"bare physics": bare(name), "exact": sampler(LocomotionWorld(body, GOALS["velocity"]))}
         if not body.contact_cost:
-            calls["rollout"] = sampler(PlanarWorld(body, "velocity"))
+            calls["rollout"] = sampler(PlanarWorld(body, GOALS["velocity"]))
         if name in PEERS:
             calls["sync"] = peer(PEERS[name])
         seconds = medians(calls, 5)

@@ -15,6 +15,7 @@ from cluster.worker import Recipe
 from learners import execution
 from learners.base import Objective, Params
 from learners.control import Control, Rollouts
+from learners.inner import InnerLoop
 from learners.models import Functional, Gaussian, functional
 from learners.objectives import Supervised
 from learners.verbs import training_steps
@@ -47,7 +48,10 @@ def _objective(run: Run, network: Functional) -> Objective:
             raise TypeError(f"{type(run.task).__name__} is of kind control, but has no method rollout")
         if not isinstance(network.module, Gaussian):
             raise ValueError("RL tasks want a policy: --model.name gaussian_mlp")
-        return Control(network, run.task, run.control.inner_loss, run.control.discount, run.control.gae)
+        keys = run.control
+        if keys.exploration and getattr(type(run.learner), "outer_loss", None) is not InnerLoop.outer_loss:
+            raise ValueError(f"control.exploration={keys.exploration}: the outer loss of {type(run.learner).__name__} has no place for it")
+        return Control(network, run.task, keys.inner_loss, keys.discount, keys.gae, keys.exploration)
     return Supervised(
         network,
         loss="mse" if run.task.kind == "regression" else "cross_entropy",

@@ -64,8 +64,12 @@ class ControlKeys:
     """γ."""
     gae: float = 1.0
     """λ of generalised advantage estimation."""
+    exploration: float = 0.0
+    """Weight of the exploration term: what θ samples is credited with the return after adaptation (E-MAML: 1)."""
 
     def __post_init__(self) -> None:
+        if self.exploration < 0:
+            raise ValueError(f"exploration={self.exploration}: 0 or more wanted")
         if not (0 <= self.discount <= 1 and 0 <= self.gae <= 1):
             raise ValueError(f"discount={self.discount}, gae={self.gae}: numbers from 0 to 1 wanted")
 

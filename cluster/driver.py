@@ -169,7 +169,8 @@ class Driver:
         self.iteration += 1
         self.journal.write("apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta))
         fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {"fleet/workers": float(len(self.workers))}
-        self.monitor.scalars(self.iteration, step.metrics | fleet)
+        waited = {"perf/waiting_s": max(0.0, len(self.workers) * step.metrics["perf/iteration_s"] - step.metrics["perf/compute_s"])}
+        self.monitor.scalars(self.iteration, step.metrics | (waited if self.workers else {}) | fleet)
         self._status("running")
 
     def _every(self) -> int:
@@ -180,7 +181,8 @@ class Driver:
         self._collect(wait=True)
         if isinstance(self.recipe.learner, HasRates):
             self.monitor.distributions(self.iteration, "rate", self.recipe.learner.rates(self.meta.params))
-        self._pending = Pending(self.dispatcher, self._snapshot(), "validation", self.evaluation.validation_tasks, self.shard)
+        self._pending = Pending(self.dispatcher, self._snapshot(), "validation", self.evaluation.validation_tasks, self.shard,
+                                groups=self.recipe.groups())  # fmt: skip
 
     def _collect(self, *, wait: bool) -> None:
         """Take in a background evaluation that is done, or wait for it."""

@@ -21,6 +21,7 @@ from envs.base import Array, HasPicture, Predict, check_split
 from learners.base import Data, Meta, Objective, Params, pack
 from learners.objectives import NormMode
 from learners.robustness import Robustness
+from learners.verbs import GROUP
 
 log = logging.getLogger("metafleet")
 
@@ -63,8 +64,21 @@ class Curves:
     ci95: dict[str, NDArray[np.float64]]
 
     @classmethod
-    def of(cls, rows: dict[str, NDArray[np.float64]]) -> Curves:
-        """From per-task values [tasks, steps + 1]."""
+    def of(cls, rows: dict[str, NDArray[np.float64]], groups: tuple[str, ...] = ()) -> Curves:
+        """From per-task values [tasks, steps + 1]; where tasks are of several `groups`, the row of that name says which, and
+        their means are there beside the mean over all."""
+        rows = dict(rows)
+        kind = rows.pop(GROUP, None)
+        curves = cls._over(rows)
+        for index, name in enumerate(groups if kind is not None else ()):
+            members = np.flatnonzero(kind == index)
+            if members.size:
+                of_kind = cls._over({f"{k}_{name}": v[members] for k, v in rows.items()})
+                curves = replace(curves, mean=curves.mean | of_kind.mean, ci95=curves.ci95 | of_kind.ci95)
+        return curves
+
+    @classmethod
+    def _over(cls, rows: dict[str, NDArray[np.float64]]) -> Curves:
         tasks = len(next(iter(rows.values())))
         if not all(np.isfinite(v).all() for v in rows.values()):
             log.warning("adaptation diverged on some held-out tasks: their values are not finite")
@@ -113,8 +127,11 @@ def _number(value: float) -> str:
 class Pending:
     """An evaluation under way in the background of a run."""
 
-    def __init__(self, dispatcher: Dispatcher, state: State, split: str, tasks: int, shard: int, verb: str = "evaluate") -> None:
+    def __init__(self, dispatcher: Dispatcher, state: State, split: str, tasks: int, shard: int, verb: str = "evaluate",
+                 groups: tuple[str, ...] = ()) -> None:  # fmt: skip
+        """`groups`: names of the kinds of tasks that are reported apart."""
         check_split(split)
+        self._groups = groups
         self.state, self.tasks = state, tasks
         self._dispatcher = dispatcher
         self._at = dispatcher.publish(pack(*state.meta))
@@ -129,7 +146,7 @@ class Pending:
 
     def result(self) -> Curves:
         """The curves; waits for them."""
-        return Curves.of(self.rows())
+        return Curves.of(self.rows(), self._groups)
 
     def rows(self) -> dict[str, NDArray[np.float64]]:
         """Per-task values [tasks, …] of the verb; waits for them."""

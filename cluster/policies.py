@@ -86,7 +86,8 @@ class Synchronous:
                     dispatcher.release(beside)
             compute += round_.seconds
             tickets.extend(round_.tickets)
-            metrics.update({f"train/{name}": float(values.double().mean()) for name, values in result.rows.items()})
+            metrics[f"perf/{verb}_s"] = metrics.get(f"perf/{verb}_s", 0.0) + round_.seconds
+            metrics.update(_logged(result))
             return result
 
         try:
@@ -94,12 +95,23 @@ class Synchronous:
         finally:
             dispatcher.release(at)
         seconds = time.perf_counter() - begin
-        metrics |= own | {
-            "perf/iteration_s": seconds,
-            "perf/compute_s": compute,
-            "perf/tasks_per_s": batch.count * batch.size / seconds,
+        counted = {"tasks": float(batch.count * batch.size)} | {
+            name.removeprefix("count/"): metrics.pop(name) for name in list(metrics) if name.startswith("count/")
         }
+        metrics |= own | {"perf/iteration_s": seconds, "perf/compute_s": compute}
+        metrics |= {f"perf/{name}_per_s": number / seconds for name, number in counted.items()}
         return Step(meta, state, metrics, tickets)
 
+
+def _logged(result: Sum) -> dict[str, float]:
+    """Means over tasks; sums of what is time (`perf/…`) or is counted (`count/…`)."""
+    rows = {name: values.double() for name, values in result.rows.items()}
+    return {
+        name if name.startswith(SUMMED) else f"train/{name}": float(v.sum() if name.startswith(SUMMED) else v.mean())
+        for name, v in rows.items()
+    }
+
+
+SUMMED = ("perf/", "count/")
 
 DEFAULT: Policy = Synchronous()

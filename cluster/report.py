@@ -68,7 +68,7 @@ class Report:
 
 def judge(recipe: Recipe, dispatcher: Dispatcher, state: State, split: str, tasks: int, shard: int) -> Results:
     """Adaptation curves, and accuracy under attack where the recipe asks for it."""
-    curves = Pending(dispatcher, state, split, tasks, shard).result()
+    curves = Pending(dispatcher, state, split, tasks, shard, groups=recipe.groups()).result()
     if recipe.robustness is None:
         return Results(curves, None)
     rows = Pending(dispatcher, state, split, tasks, shard, "robustness").rows()

@@ -17,7 +17,7 @@ import torch
 from cluster import seeds, wire
 from cluster.messages import Assignment, Broadcast, Vector
 from envs import store
-from envs.base import Arrays, HasFiles, HasFixedTasks, TaskDistribution
+from envs.base import Arrays, HasFiles, HasFixedTasks, HasGroups, TaskDistribution
 from learners import kernels, verbs
 from learners.base import Data, Fixed, Learner, Objective, Outer, Params, Verb
 from learners.execution import Execution, Mode
@@ -55,11 +55,17 @@ class Recipe:
         own, data = self.outer.verbs(self.learner, objective), standard["gradient"]
         return {**standard, **{k: v if v.draw else replace(v, draw=data.draw, record=data.record) for k, v in own.items()}}
 
+    def groups(self) -> tuple[str, ...]:
+        """Names of the kinds of tasks that are reported apart."""
+        return self.tasks.groups if isinstance(self.tasks, HasGroups) else ()
+
     def task(self, split: str, index: int, verb: Verb) -> Arrays:
         """Task `index` of `split`, complete for `verb`. Held-out tasks do not depend on the run's seed."""
         seed = self.seed if split == "train" else self.evaluation_seed
         fixed = self.tasks.fixed(split, index) if isinstance(self.tasks, HasFixedTasks) else None
         data = self.tasks.sample(split, seeds.generator(seed, split, index, "task")) if fixed is None else dict(fixed)
+        if isinstance(self.tasks, HasGroups) and self.groups():
+            data = data | {verbs.GROUP: np.asarray(self.tasks.group(data))}
         return verb.draw(data, seeds.generator(seed, split, index, "draw")) if verb.draw else data
 
     def tensors(self, arrays: Arrays) -> Data:

@@ -17,9 +17,10 @@ PUBLISHED = np.random.RandomState(1).uniform(-0.5, 0.5, (40, 2))
 
 
 class PointWorld:
-    """position ← position + clip(action, ±0.1);  reward −‖position − goal‖₂ at the new position.
+    """position ← position + 0.1 · clip(action, ±1);  reward −‖position − goal‖₂ at the new position.
 
-    An episode ends where both coordinates are within 0.01 of the goal. Begins at the origin.
+    The factor is that of the paper's code, whose actions are normalised before they reach the robot. An episode begins
+    at the origin and ends where both coordinates are within 0.01 of the goal.
     """
 
     observations = actions = 2
@@ -31,7 +32,7 @@ class PointWorld:
         return self._at
 
     def step(self, actions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-        self._at = self._at + np.clip(actions, -STEP, STEP)
+        self._at = self._at + STEP * np.clip(actions, -1, 1)
         away = self._at - self._goal
         return self._at, -np.linalg.norm(away, axis=-1), np.all(np.abs(away) < NEAR, axis=-1)
 

@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 
 from envs.bodies import BODIES, GOALS, BodyName, GoalName
 from envs.locomotion import Locomotion, LocomotionWorld
-from envs.navigation import STEP, Navigation, PointWorld
+from envs.navigation import Navigation, PointWorld
 from envs.rollout import World
 
 Task = dict[str, Any]
@@ -31,11 +31,11 @@ class _Tasks:
 
     def _open(self, body: BodyName | None, goal: GoalName | None) -> tuple[Box, Box]:
         if body is None or goal is None:
-            self.world, self.family, limit = PointWorld(), Navigation(), STEP
+            self.world, self.family = PointWorld(), Navigation()
         else:
-            self.world, self.family, limit = LocomotionWorld(BODIES[body], GOALS[goal]), Locomotion(body, goal), 1.0
+            self.world, self.family = LocomotionWorld(BODIES[body], GOALS[goal]), Locomotion(body, goal)
         observations = Box(-np.inf, np.inf, (self.world.observations,), np.float64)
-        return observations, Box(-limit, limit, (self.world.actions,), np.float32)
+        return observations, Box(-1, 1, (self.world.actions,), np.float32)
 
     def sample_tasks(self, count: int, rng: np.random.Generator) -> list[Task]:
         """`count` tasks, drawn by `rng`."""

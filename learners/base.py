@@ -118,6 +118,17 @@ class Records(Protocol):
     def curve(self, data: Data) -> Metrics:
         """A task's scores [steps + 1], as φ₀ … φ_steps met them."""
 
+    def facts(self, data: Data) -> Metrics:
+        """Scalars to log of a task that was lived through."""
+
+
+@runtime_checkable
+class Explores(Protocol):
+    """An objective whose outer loss depends on θ directly too, by what θ has sampled."""
+
+    def before(self, theta: Params, data: Data) -> Tensor:
+        """Scalar added to the loss after adaptation."""
+
 
 @runtime_checkable
 class HasRates(Protocol):

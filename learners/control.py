@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from envs.base import Arrays
-from learners import policy_gradient
+from learners import policy_gradient, tree
 from learners.base import Data, Learner, Meta, Metrics, Params
+from learners.derivative import differentiate
 from learners.models import Functional
 from learners.policy_gradient import InnerLoss
 
@@ -28,6 +30,10 @@ class Rollouts(Protocol):
         """Recorded time steps [tasks, n, …] of all tasks."""
 
 
+EXPLORATION = "exploration"
+FOLLOW = 0.1  # of the way to this iteration's returns: how the baseline of the exploration term moves
+
+
 @dataclass(frozen=True)
 class Control:
     """A policy that adapts by policy gradient to episodes that it has sampled itself.
@@ -35,6 +41,10 @@ class Control:
     A task's data are time steps [steps + 1, n, …]: index k holds what φ_k has sampled. Inner step k descends the inner
     loss on index k;  `query` is the surrogate  −mean π_φ(a|s)/π_old(a|s) · A  on the last index, sampled by the adapted
     policy, never by θ.
+
+    With `exploration` = c > 0 the outer loss also holds  −c R̂ · mean log π_θ(a|s)  on index 0, R̂ being the adapted policy's
+    return, standardised by a running mean and variance: what θ samples is credited with what adaptation makes of it
+    (E-MAML, Stadie et al. 2018).
     """
 
     policy: Functional
@@ -42,6 +52,7 @@ class Control:
     inner_loss: InnerLoss = "log_likelihood"
     discount: float = 0.99
     gae: float = 1.0
+    exploration: float = 0.0
     device: str = "cpu"
 
     def support(self, params: Params, data: Data, step: int) -> Tensor:
@@ -54,9 +65,18 @@ class Control:
         log_p = policy_gradient.log_prob(self.policy(params, part["observations"]), part["actions"])
         return -policy_gradient.masked_mean(torch.exp(log_p - part["old_log_p"]) * part["advantages"], part["mask"])
 
-    def distribution(self, params: Params, data: Data) -> Tensor:
-        """Means and log standard deviations [n, 2a] on what the adapted policy has seen."""
-        return self.policy(params, data["observations"][-1])
+    def before(self, theta: Params, data: Data) -> Tensor:
+        """The exploration term, a function of θ; 0 where there is none."""
+        if not self.exploration:
+            return torch.zeros((), dtype=data["mask"].dtype, device=data["mask"].device)
+        mean, square = theta[f"{EXPLORATION}/mean"], theta[f"{EXPLORATION}/square"]
+        standard = (data["return"][-1] - mean) / (square - mean**2).clamp(min=0).sqrt().clamp(min=1.0)
+        log_p = policy_gradient.log_prob(self.policy(theta, data["observations"][0]), data["actions"][0])
+        return -self.exploration * standard * policy_gradient.masked_mean(log_p, data["mask"][0])
+
+    def distribution(self, params: Params, data: Data, step: int = -1) -> Tensor:
+        """Means and log standard deviations [n, 2a] on the time steps of index `step`, by default the adapted policy's."""
+        return self.policy(params, data["observations"][step])
 
     def measure(self, params: Params, data: Data) -> Metrics:
         return {"surrogate": self.query(params, data)}
@@ -65,17 +85,30 @@ class Control:
         """Mean return of φ₀ … φ_steps' episodes [steps + 1], of one task."""
         return {"return": data["return"]}
 
+    def facts(self, data: Data) -> Metrics:
+        """Scalars of one task to log; those under `perf/` and `count/` are to be added up over tasks."""
+        returns, steps = data["return"], range(len(data["return"]) - 1)
+        each = {f"inner_grad_norm_step{k}": data["inner_grad_norm"][k] for k in steps}
+        moved = {f"adaptation_kl_step{k + 1}": data["adaptation_kl"][k + 1] for k in steps}
+        costs = {f"perf/{name}": data[name].sum() for name in ("physics_s", "policy_s", "adaptation_s")}
+        return {"adaptation_gain": returns[-1] - returns[0]} | each | moved | costs | {"count/env_steps": data["mask"].sum()}
+
     def slots(self) -> Params:
-        return {}
+        names = ("mean", "square") if self.exploration else ()
+        return {f"{EXPLORATION}/{name}": torch.zeros(()) for name in names}
 
     def track(self, params: Params, data: Data) -> Params:
-        return {}
+        if not self.exploration:
+            return {}
+        seen = {"mean": data["return"][-1], "square": data["return"][-1] ** 2}
+        return {f"{EXPLORATION}/{k}": (1 - FOLLOW) * params[f"{EXPLORATION}/{k}"] + FOLLOW * v for k, v in seen.items()}
 
     def to(self, device: str) -> Control:
         return replace(self, policy=self.policy.to(device), device=device)
 
     def summary(self) -> str:
-        return f"policy gradient ({self.inner_loss}, discount {self.discount:g}, GAE {self.gae:g})"
+        exploration = f", exploration {self.exploration:g}" if self.exploration else ""
+        return f"policy gradient ({self.inner_loss}, discount {self.discount:g}, GAE {self.gae:g}{exploration})"
 
     def record(self, learner: Learner, meta: Meta, tasks: Data, steps: int, *, testing: bool = False) -> Data:
         """Live through the tasks of a shard: sample with φ_k, adapt on that, and so on; data of every task, stacked.
@@ -86,13 +119,32 @@ class Control:
         rngs = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in arrays.pop("seed")]
         lived: list[Data] = [{} for _ in rngs]
         paths = [learner.path(meta, self, data, steps) for data in lived]
+        thetas: list[Params] = []
         for k in range(steps + 1):
+            began = time.perf_counter()
             with torch.no_grad():
                 phis = [next(path) for path in paths]
+            adapted = time.perf_counter() - began
+            thetas = thetas or phis
             sampled = self.rollouts.rollout(arrays, self._actor(phis), rngs, testing=testing)
+            began = time.perf_counter()
             for i, data in enumerate(lived):
                 self._append(data, k, steps, phis[i], {name: v[i] for name, v in sampled.items()})
+                self._watch(data, k, steps, thetas[i], phis[i])
+            adapted += time.perf_counter() - began
+            for data in lived:
+                data["adaptation_s"][k] = adapted / len(lived)
         return {k: torch.stack([d[k] for d in lived]) for k in lived[0]}
+
+    def _watch(self, data: Data, k: int, steps: int, theta: Params, phi: Params) -> None:
+        """What tells whether adaptation does anything: the size of its gradient, and how far φ_k's actions are from θ's."""
+        if not k:
+            data |= {name: data["return"].new_zeros(steps + 1) for name in ("inner_grad_norm", "adaptation_kl", "adaptation_s")}
+        if k < steps:
+            data["inner_grad_norm"][k] = tree.norm(differentiate(lambda p: self.support(p, data, k), phi)[0])
+        with torch.no_grad():
+            apart = policy_gradient.kl(self.distribution(theta, data, k), data["old"][k])
+            data["adaptation_kl"][k] = policy_gradient.masked_mean(apart, data["mask"][k])
 
     def _actor(self, phis: list[Params]) -> Act:
         stacked = {k: torch.stack([phi[k] for phi in phis]) for k in phis[0]}
@@ -139,6 +191,7 @@ class Control:
         return {
             "observations": arrays["observations"], "actions": arrays["actions"], "mask": arrays["mask"],
             "advantages": advantages, "first": first, "return": arrays["return"],
+            "physics_s": arrays["physics_s"], "policy_s": arrays["policy_s"],
         }  # fmt: skip
 
 

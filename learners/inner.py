@@ -12,7 +12,7 @@ from torch import Tensor
 
 from envs.base import Arrays
 from learners import tree
-from learners.base import Data, Gradient, Learner, Meta, Metrics, Objective, Params
+from learners.base import Data, Explores, Gradient, Learner, Meta, Metrics, Objective, Params
 from learners.derivative import constant, differentiate, differentiate_with
 from learners.optimisers import Optimiser
 
@@ -81,7 +81,10 @@ class InnerLoop(ABC):
     def outer_loss(self, meta: Meta, objective: Objective, data: Data) -> tuple[Tensor, Metrics]:
         """What `gradient` differentiates, and scalars to log."""
         end = last(self.points(meta, objective, data, self.inner_steps))
-        return objective.query(meta.slots | end.params, data), support_losses(end)
+        loss = objective.query(meta.slots | end.params, data)
+        if isinstance(objective, Explores):
+            loss = loss + objective.before(meta.slots | model_params(meta.params), data)
+        return loss, support_losses(end)
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
         return Meta(params, {})

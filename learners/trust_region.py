@@ -12,14 +12,18 @@ from learners import policy_gradient, tree
 from learners.base import Data, Fixed, Learner, Meta, Objective, Params, Reduce, Share, Sum, Verb, Verbs, unpack
 from learners.conjugate_gradient import conjugate_gradient
 from learners.derivative import gauss_newton
+from learners.inner import model_params
 
 
 @runtime_checkable
 class Stochastic(Objective, Protocol):
     """An objective with a policy whose distribution can be held near its old one."""
 
-    def distribution(self, params: Params, data: Data) -> Tensor:
-        """Means and log standard deviations [n, 2a] on what the adapted policy has seen."""
+    def distribution(self, params: Params, data: Data, step: int = -1) -> Tensor:
+        """Means and log standard deviations [n, 2a] on the time steps of index `step`."""
+
+    def before(self, theta: Params, data: Data) -> Tensor:
+        """What the outer loss adds for θ itself."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class TrustRegion:
             with torch.no_grad():
                 phi = learner.adapt(Meta(operand, meta.slots), policy, data, steps)
                 away = (policy_gradient.kl(data["old"][-1], policy.distribution(phi, data)) * mask).sum()
-                loss = policy.query(phi, data)
+                loss = policy.query(meta.slots | phi, data) + policy.before(meta.slots | model_params(operand), data)
             return Share({"loss": loss, "kl": away, "steps": mask.sum()}, torch.ones_like(loss), {})
 
         return {"curvature": Verb(lambda at, v, data: curvature(at, data)(v), fix=curvature), "surrogate": Verb(surrogate)}
@@ -97,7 +101,8 @@ class TrustRegion:
         if curved <= 0:
             return Meta(meta.params, slots), state, metrics | {"outer/kl": 0.0, "outer/tries": 0.0, "outer/improvement": 0.0}
         full = tree.scale((2 * self.max_kl / curved) ** 0.5, x)
-        before, _ = _judged(reduce("surrogate", meta.params))
+        before, apart = _judged(reduce("surrogate", meta.params))
+        metrics["outer/kl_before"] = apart  # 0 up to rounding, or the workers do not repeat what they recorded
         for tried in range(self.tries):
             candidate = tree.sub(meta.params, tree.scale(self.shrink**tried, full))
             loss, away = _judged(reduce("surrogate", candidate))

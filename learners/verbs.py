@@ -18,6 +18,10 @@ class RecordingObjective(Records, Objective, Protocol):
     """Both."""
 
 
+GROUP = "group"
+"""Name of a row that says which kind of task this is."""
+
+
 def standard(learner: Learner, objective: Objective, evaluation_steps: int, robustness: Robustness | None = None) -> Verbs:
     """`gradient`, the learner's contribution to the outer step; `evaluate`, its adaptation curve; `robustness` if asked for."""
     tester = learner.at_test()
@@ -62,10 +66,11 @@ def _recorded(learner: Learner, objective: RecordingObjective, evaluation_steps:
     def gradient(at: Params, operand: Params, data: Data) -> Share:
         result = learner.gradient(unpack(at), objective, data)
         curve = {f"{name}_step{k}": v for name, values in objective.curve(data).items() for k, v in enumerate(values)}
-        return Share(pack(result.grads, result.slots), _one(at), curve | result.metrics)
+        return Share(pack(result.grads, result.slots), _one(at), curve | objective.facts(data) | result.metrics)
 
     def evaluate(at: Params, operand: Params, data: Data) -> Share:
-        return Share({}, _one(at), objective.curve(data))
+        kind = {GROUP: data[GROUP]} if GROUP in data else {}
+        return Share({}, _one(at), objective.curve(data) | kind)
 
     return {
         "gradient": Verb(gradient, **of(learner, training_steps(learner), False)),

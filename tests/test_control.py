@@ -37,6 +37,8 @@ def recorded(control: Control, theta: Params, learner: MAML, seed: int = 0) -> D
         "first": torch.from_numpy(np.arange(N) - time).expand(steps + 1, N),
     }
     data["mask"][:, 10:] = 0
+    for name in ("return", "inner_grad_norm", "adaptation_kl", "physics_s", "policy_s", "adaptation_s"):
+        data[name] = torch.zeros(steps + 1, dtype=torch.float64)
     data["old"] = torch.zeros(steps + 1, N, 2 * ACTIONS, dtype=torch.float64)
     data["old_log_p"] = torch.zeros(steps + 1, N, dtype=torch.float64)
     with torch.no_grad():
@@ -164,7 +166,6 @@ def test_a_trust_region_stays_inside_its_radius_and_gains() -> None:
     from learners.verbs import standard
 
     run = {"gradient": standard(learner, control, 1)["gradient"].run, **{k: v.run for k, v in verbs.items()}}
-    data["return"] = torch.zeros(2, 2, dtype=torch.float64)
     meta = Meta(theta, {})
 
     def reduce(verb: str, operand):

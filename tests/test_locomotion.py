@@ -188,7 +188,7 @@ def toward(goals: np.ndarray):
     """A policy that knows the goals and shakes."""
 
     def act(which, observations, noise):
-        return goals[which][:, None] - observations + 0.03 * noise
+        return 10 * (goals[which][:, None] - observations) + 0.3 * noise
 
     return act
 
@@ -209,7 +209,7 @@ def test_whole_episodes_count_in_the_order_in_which_they_began() -> None:
         lengths = np.diff([*starts, n])
         totals = [rewards[s : s + k].sum() for s, k in zip(starts, lengths, strict=True)]
         assert recorded["return"][t] == pytest.approx(np.mean(totals))
-        at = recorded["observations"][t, :n] + np.clip(recorded["actions"][t, :n], -0.1, 0.1)
+        at = recorded["observations"][t, :n] + 0.1 * np.clip(recorded["actions"][t, :n], -1, 1)
         np.testing.assert_allclose(rewards, -np.linalg.norm(at - goals[t], axis=1), atol=1e-6)
         near = (np.abs(at - goals[t]) < 0.01).all(1)
         assert all(near[s + k - 1] or k == 25 for s, k in zip(starts, lengths, strict=True))

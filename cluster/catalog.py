@@ -21,6 +21,7 @@ from learners.meta_curvature import MetaCurvature
 from learners.meta_sgd import MetaSGD
 from learners.models import MLP, Conv4, GaussianMLP, ModelSpec
 from learners.outer import Descent
+from learners.proximal import ProMP
 from learners.reptile import Reptile
 from learners.trust_region import TrustRegion
 
@@ -31,7 +32,7 @@ LEARNERS: dict[str, type] = {
     "maml": MAML, "maml_plus_plus": MAMLPlusPlus, "meta_sgd": MetaSGD, "meta_curvature": MetaCurvature, "imaml": IMAML,
     "reptile": Reptile, "adml": ADML, "adversarial_querying": AdversarialQuerying,
 }  # fmt: skip
-OUTERS: dict[str, type] = {"descent": Descent, "trust_region": TrustRegion}
+OUTERS: dict[str, type] = {"descent": Descent, "trust_region": TrustRegion, "promp": ProMP}
 POLICIES: dict[str, type] = {"synchronous": Synchronous}
 
 CHOICES: dict[str, dict[str, type]] = {

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.table import Table
-from torch import Tensor
 
-from cluster.checkpoint import State, write_atomically
+from cluster.checkpoint import State
 from cluster.dispatch import Dispatcher, Shards
-from cluster.worker import Recipe
-from envs.base import Array, HasPicture, Predict, check_split
-from learners.base import Data, Meta, Objective, Params, pack
+from envs.base import check_split
+from learners.base import GROUP, pack
 from learners.objectives import NormMode
 from learners.robustness import Robustness
-from learners.verbs import GROUP
 
 log = logging.getLogger("metafleet")
 
@@ -153,39 +147,3 @@ class Pending:
         rows = self._dispatcher.finish(self._round).rows
         self._dispatcher.release(self._at)
         return {k: v[: self.tasks].double().numpy() for k, v in rows.items()}
-
-
-@runtime_checkable
-class Predicts(Objective, Protocol):
-    """An objective that can say what its model outputs: what a picture is drawn from."""
-
-    def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
-        """Outputs for inputs x, adapted to `data`'s support."""
-
-
-def picture(recipe: Recipe, meta: Meta, path: Path, tasks: int) -> bool:
-    """Draw what adaptation does to the first test tasks into a PNG; False where the task or objective has no picture."""
-    recipe = replace(recipe, device="cpu")  # the driver's θ is there, and it may have nothing else
-    objective, family = recipe.objective, recipe.tasks
-    if not isinstance(objective, Predicts) or not isinstance(family, HasPicture) or not tasks:
-        return False
-    verb = recipe.verbs(objective)["evaluate"]
-    arrays = [recipe.task("test", i, verb) for i in range(tasks)]
-    steps = sorted({0, min(1, recipe.evaluation_steps), recipe.evaluation_steps})
-    figure = family.picture(arrays, [_predictor(recipe, objective, meta, recipe.tensors(a), steps) for a in arrays], steps)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    write_atomically(path, picture.getvalue())
-    return True
-
-
-def _predictor(recipe: Recipe, objective: Predicts, meta: Meta, data: Data, steps: list[int]) -> Predict:
-    with torch.no_grad():
-        phis = list(recipe.learner.at_test().path(meta, recipe.objective, data, recipe.evaluation_steps))
-
-    def predict(x: Array) -> list[Array]:
-        inputs = recipe.tensors({"x": x})["x"]
-        with torch.no_grad():
-            return [objective.predict(meta.slots | phis[k], data, inputs).cpu().numpy() for k in steps]
-
-    return predict

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from cluster import assemble
 from cluster.config import Run
 from learners import tree
-from learners.base import Data, Learner, Meta, Objective, Outer, Params, Sum, pack, unpack
+from learners.base import Data, Learner, Meta, Objective, Outer, Params, Reduce, Sum, pack, unpack
+from learners.control import Control
 from learners.derivative import Kind, Tape
 from learners.execution import Execution
 from learners.imaml import IMAML
 from learners.inner import InnerLoop
-from learners.models import functional
+from learners.models import Functional, functional
 from learners.objectives import Supervised
 from learners.reptile import Reptile
 from learners.verbs import training_steps
@@ -40,28 +41,29 @@ class Verdict:
 def check(run: Run) -> Verdict:
     """Compare a directional derivative of the run's own gradient verb with central differences, in float64.
 
-    Real tasks, the run's learner, objective and execution mode; the model is a smooth copy (softplus for ReLU, average
-    for maximum pooling), since differences do not converge across kinks.
+    Real tasks (RL: episodes recorded at θ), the run's learner, objective and execution mode; the model is a smooth copy
+    (softplus for ReLU, average for maximum pooling), since differences do not converge across kinks.
     """
     run.task.prepare()
     run, _ = assemble.resolved(replace(run, dtype="float64", device="cpu", pool="local"))
     parts, _ = assemble.recipe(run)
-    if not isinstance(parts.objective, Supervised):
-        raise ValueError(
-            f"check compares supervised gradients with finite differences; this run's objective is {parts.objective.summary()}"
-        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = functional(smooth(run.model.build(run.task.inputs, run.task.outputs)).double())
-    objective = replace(parts.objective, model=model)
+    objective, of = _smoothed(parts.objective, model)
     learner, how = _checkable(run.learner)
     parts = replace(parts, learner=learner, objective=objective)
-    verb = parts.verbs(objective)["gradient"]
+    all_verbs = parts.verbs(objective)
+    verb = all_verbs["gradient"]
     tasks = [parts.tensors(parts.task("train", i, verb)) for i in range(TASKS)]
     stacked = {k: torch.stack([t[k] for t in tasks]) for k in tasks[0]}
     meta = learner.init(model.params(), np.random.default_rng(run.seed))
     meta = Meta(meta.params, tree.apply(Tensor.double, objective.slots() | meta.slots))
-    result = Execution(parts.execution, parts.chunk).run(verb.run, pack(*meta), {}, stacked)
+    if verb.record:
+        stacked = verb.record(pack(*meta), stacked)
+        tasks = [{k: v[i] for k, v in stacked.items()} for i in range(TASKS)]
+    execution = Execution(parts.execution, parts.chunk)
+    result = execution.run(verb.run, pack(*meta), {}, stacked)
     grads = unpack(result.total).params
     generator = torch.Generator().manual_seed(run.seed)
     direction = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in meta.params.items()}
@@ -70,11 +72,12 @@ def check(run: Run) -> Verdict:
     claims = {name: sum(CLAIMS[name](learner, objective, meta, t, direction) for t in tasks) for name in _rivals(claimed)}
     errors = {name: abs(got - wanted) / max(abs(wanted), 1e-12) for name, wanted in claims.items()}
     others = "".join(f"; it is {errors[n]:.0e} away from {n}" for n in errors if n != claimed)
-    reduction = _reduction(run.outer, meta, result)
+    rounds = {name: v.run for name, v in all_verbs.items() if v.record is verb.record}
+    reduction = _reduction(run.outer, meta, lambda name, operand: execution.run(rounds[name], pack(*meta), operand or {}, stacked))
     holds = errors[claimed] < TOLERANCE and reduction == "mean"
     sentence = (
         f"{'OK' if holds else 'WRONG'}: the summed gradient of {type(run.learner).__name__}{how} over {TASKS} tasks "
-        f"(norm {run.objective.norm}, scale {run.objective.scale}, {parts.execution}, float64) is {claimed}: "
+        f"({of}, {parts.execution}, float64) is {claimed}: "
         f"relative error {errors[claimed]:.0e} against finite differences{others}. The outer step takes the {reduction} over tasks."
     )
     return Verdict(holds, sentence)
@@ -89,6 +92,15 @@ def smooth(module: nn.Module) -> nn.Module:
             elif isinstance(layer, nn.MaxPool2d):
                 setattr(child, name, nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode))
     return module
+
+
+def _smoothed(objective: Objective, model: Functional) -> tuple[Objective, str]:
+    """The objective with a smooth model, and what it computes."""
+    if isinstance(objective, Supervised):
+        return replace(objective, model=model), f"norm {objective.norm}, scale {objective.scale}"
+    if isinstance(objective, Control):
+        return replace(objective, policy=model), objective.summary()
+    raise ValueError(f"check wants a supervised or a policy-gradient objective, not {type(objective).__name__}")
 
 
 Claim = Callable[[Learner, Objective, Meta, Data, Params], float]
@@ -161,10 +173,14 @@ def _checkable(learner: Learner) -> tuple[Learner, str]:
     return learner, ""
 
 
-def _reduction(outer: Outer, meta: Meta, result: Sum) -> str:
-    """What the step makes of the sum over tasks: the mean if a batch of everything twice moves nothing."""
-    twice = Sum(tree.scale(2.0, result.total), 2 * result.weight, result.rows)
-    ends = [outer.step(meta, outer.init(meta), lambda verb, operand, s=s: s) for s in (result, twice)]  # type: ignore[misc]
+def _reduction(outer: Outer, meta: Meta, reduce: Reduce) -> str:
+    """What the step makes of the sums over tasks: the mean if a batch of everything twice moves nothing."""
+
+    def twice(verb: str, operand: Params | None) -> Sum:
+        once = reduce(verb, operand)
+        return Sum(tree.scale(2.0, once.total), 2 * once.weight, once.rows)
+
+    ends = [outer.step(meta, outer.init(meta), ask) for ask in (reduce, twice)]
     moved = [pack(end.params, state) for end, state, _ in ends]
     return "mean" if all(torch.equal(v, moved[1][k]) for k, v in moved[0].items()) else "sum"
 

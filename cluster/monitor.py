@@ -91,11 +91,15 @@ class Monitor:
                 self._writer.add_histogram(f"{tag}/{name}", tensor.detach().cpu().numpy(), iteration)
 
     def picture(self, iteration: int, tag: str, path: Path) -> None:
-        """A PNG file, shown in TensorBoard."""
+        """A PNG or GIF file, shown in TensorBoard as it is."""
         from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         with Image.open(path) as image, self._events():
-            self._writer.add_image(tag, np.asarray(image.convert("RGB")), iteration, dataformats="HWC")
+            width, height = image.size
+            encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+            summary = Summary(value=[Summary.Value(tag=tag, image=encoded)])
+            self._writer._get_file_writer().add_summary(summary, iteration)  # type: ignore[no-untyped-call]
 
     def hparams(self, config: Mapping[str, object], results: Mapping[str, float]) -> None:
         """The configuration beside the final results, for TensorBoard's HPARAMS page."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import evaluate, robustness
+from cluster import pictures, robustness
 from cluster.checkpoint import State, write_atomically
 from cluster.dispatch import Dispatcher
 from cluster.evaluate import Curves, Pending
@@ -51,19 +51,24 @@ class Report:
         for table in [curves.table(title), *(matrix.tables() if matrix else ())]:
             self.monitor.console.print(table)
         self.monitor.message(self.recipe.summary())
-        self._picture(state, "adaptation", lambda path: evaluate.picture(self.recipe, state.meta, path, self.pictures))
-        self._picture(state, "adversarial", lambda path: robustness.picture(self.recipe, state.meta, path))
+        self._draw(state)
         self.monitor.hparams(hparams, {f"{k}_{i}": float(v[i]) for k, v in curves.mean.items() for i in (0, -1)})
         self.monitor.message(f"tensorboard: {self.monitor.tensorboard}")
 
-    def _picture(self, state: State, name: str, draw: Callable[[Path], bool]) -> None:
-        path = self.directory / f"{name}.png"
+    def _draw(self, state: State) -> None:
+        what = pictures.shown(self.recipe, state.meta, self.pictures)
+        if what:
+            self._picture(state, "adaptation", lambda path: pictures.picture(self.recipe.tasks, what, path))
+            self._picture(state, "film", lambda path: pictures.film(self.recipe.tasks, what, path))
+        self._picture(state, "adversarial", lambda path: robustness.picture(self.recipe, state.meta, path))
+
+    def _picture(self, state: State, name: str, draw: Callable[[Path], list[Path]]) -> None:
         try:
-            if draw(path):
-                self.monitor.picture(state.iteration, f"test/{name}", path)
+            for path in draw(self.directory / f"{name}.png"):
+                self.monitor.picture(state.iteration, f"test/{path.stem}", path)
                 self.monitor.message(f"picture:     {path}")
         except (OSError, ValueError, RuntimeError) as error:
-            log.warning("no picture (%s)", error)
+            log.warning("no picture %s.png: %s", name, error)
 
 
 def judge(recipe: Recipe, dispatcher: Dispatcher, state: State, split: str, tasks: int, shard: int) -> Results:

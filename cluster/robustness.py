@@ -60,12 +60,12 @@ class Matrix:
         return table
 
 
-def picture(recipe: Recipe, meta: Meta, path: Path) -> bool:
-    """Draw queries of the first test task, clean and under PGD; False where there is nothing to draw."""
+def picture(recipe: Recipe, meta: Meta, path: Path) -> list[Path]:
+    """Draw queries of the first test task, clean and under PGD; the files written, none where there is nothing to draw."""
     recipe = replace(recipe, device="cpu")  # the driver's θ is there, and it may have nothing else
     objective, how = recipe.objective, recipe.robustness
     if not isinstance(objective, Supervised) or how is None or len(getattr(recipe.tasks, "inputs", ())) != 3:
-        return False
+        return []
     verb = recipe.verbs(objective)["robustness"]
     data = recipe.tensors(recipe.task("test", 0, verb))
     with torch.no_grad():
@@ -81,4 +81,4 @@ def picture(recipe: Recipe, meta: Meta, path: Path) -> bool:
     file = io.BytesIO()
     figure.savefig(file, dpi=110)
     write_atomically(path, file.getvalue())
-    return True
+    return [path]

@@ -19,7 +19,7 @@ from cluster.messages import Assignment, Broadcast, Vector
 from envs import store
 from envs.base import Arrays, HasFiles, HasFixedTasks, HasGroups, TaskDistribution
 from learners import kernels, verbs
-from learners.base import Data, Fixed, Learner, Objective, Outer, Params, Verb
+from learners.base import GROUP, Data, Fixed, Learner, Objective, Outer, Params, Verb
 from learners.execution import Execution, Mode
 from learners.outer import Descent
 from learners.robustness import Robustness
@@ -65,7 +65,7 @@ class Recipe:
         fixed = self.tasks.fixed(split, index) if isinstance(self.tasks, HasFixedTasks) else None
         data = self.tasks.sample(split, seeds.generator(seed, split, index, "task")) if fixed is None else dict(fixed)
         if isinstance(self.tasks, HasGroups) and self.groups():
-            data = data | {verbs.GROUP: np.asarray(self.tasks.group(data))}
+            data = data | {GROUP: np.asarray(self.tasks.group(data))}
         return verb.draw(data, seeds.generator(seed, split, index, "draw")) if verb.draw else data
 
     def tensors(self, arrays: Arrays) -> Data:

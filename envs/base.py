@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 Array: TypeAlias = NDArray[np.generic]
 Arrays: TypeAlias = dict[str, Array]
 Predict: TypeAlias = Callable[[Array], list[Array]]
+Frames: TypeAlias = NDArray[np.uint8]
+"""[time, height, width, 3]."""
+
+
+class Clip(NamedTuple):
+    """A film, and what is to be said of each of its frames."""
+
+    frames: Frames
+    captions: list[str]
+
 
 SPLITS = ("train", "validation", "test")
 
@@ -63,6 +73,20 @@ class HasPicture(Protocol):
 
     def picture(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> Figure:
         """`predict[i](x)` gives the outputs of task i after each of `steps`."""
+
+
+@runtime_checkable
+class HasFilm(Protocol):
+    """Tasks that can be watched."""
+
+    def film(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> list[list[Clip]]:
+        """Per task and number of inner steps, an episode in which `predict` (without noise) acts.
+
+        Raises RuntimeError where nothing can be rendered.
+        """
+
+    def title(self, task: Arrays) -> str:
+        """What the task is, in a few words."""
 
 
 @runtime_checkable

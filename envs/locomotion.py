@@ -9,9 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.base import Arrays, check_split
+from envs.base import Arrays, Clip, Predict, check_split
 from envs.bodies import BODIES, GOALS, RANDOM, Body, BodyName, Goal, GoalName, changed, load, published
+from envs.rendering import frames
 from envs.rollout import Act, Floats, Told, check_sizes, collect
+
+FILM_EVERY = 4  # time steps between the frames of a film
 
 
 class LocomotionWorld:
@@ -251,6 +254,34 @@ class Locomotion:
         episodes = -(-self.test_steps // self.horizon) if testing else self.rollouts
         here = world(self.body, self.goal, self.backend)
         return collect(Told(here, self._told()) if self.known else here, tasks, act, rngs, episodes, self.horizon)
+
+    def title(self, task: Arrays) -> str:
+        """What the task is, in a few words."""
+        if self.goal == "parameters":
+            return "another body"
+        if self.goal == "direction":
+            return self.groups[self.group(task)]
+        numbers = ", ".join(f"{v:.2f}" for v in np.atleast_1d(task["goal"]))
+        return f"{self.goal} {numbers}"
+
+    def film(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> list[list[Clip]]:
+        """One episode without noise per task and number of steps, its first position the same."""
+        plain = LocomotionWorld(BODIES[self.body], GOALS[self.goal])
+        here = Told(plain, self._told()) if self.known else plain
+        alive, positions = np.ones((1, 1), bool), []
+        for task, say in zip(tasks, predict, strict=True):
+            for i in range(len(steps)):
+                observation = here.reset({k: np.asarray(v)[None] for k, v in task.items()}, [1], [np.random.default_rng(0)])
+                for t in range(self.horizon):
+                    if t % FILM_EVERY == 0:
+                        positions.append(plain.frame())
+                    observation, _, _ = here.step(np.asarray(say(observation[0].astype(np.float32))[i], np.float32)[None], alive)
+        ant = BODIES[self.body].asset == "ant.xml"
+        rendered = frames(plain.model, np.stack(positions), 4.0 if ant else 2.4)
+        captions = [f"{q[0]:.1f}, {q[1]:.1f} m" if ant else f"{q[0]:+.1f} m" for q in positions]
+        length = len(positions) // (len(tasks) * len(steps))
+        clips = [Clip(rendered[i : i + length], captions[i : i + length]) for i in range(0, len(positions), length)]
+        return [clips[i : i + len(steps)] for i in range(0, len(clips), len(steps))]
 
     def _told(self) -> int:
         """Length of a goal."""

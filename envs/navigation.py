@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.base import Arrays, check_split
+from envs.base import Arrays, Predict, check_split
 from envs.rollout import Act, Floats, Told, check_sizes, collect, collect_finished
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEP = 0.1
 NEAR = 0.01
@@ -82,6 +85,27 @@ class Navigation:
 
     def fixed(self, split: str, index: int) -> Arrays | None:
         return {"goal": PUBLISHED[index % len(PUBLISHED)]} if split == "test" and self.test_tasks == "paper" else None
+
+    def picture(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> Figure:
+        """Paths without noise from the origin, after each number of steps; a cross is the goal."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(3.2 * len(tasks), 3.4), layout="constrained")
+        for axes, task, say in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, predict, strict=True):
+            goal = np.asarray(task["goal"], np.float64)
+            at = np.zeros((len(steps), 2))
+            path = [at]
+            for _ in range(self.horizon):
+                seen = np.concatenate([at, np.tile(goal, (len(steps), 1))], 1) if self.known else at
+                actions = say(seen.astype(np.float32))
+                at = at + STEP * np.clip([actions[i][i] for i in range(len(steps))], -1, 1)
+                path.append(at)
+            for i, step in enumerate(steps):
+                axes.plot(*np.array(path)[:, i].T, ".-", markersize=3, linewidth=0.8, label=f"after {step} step{'s' * (step != 1)}")
+            axes.plot(*goal, "kx", markersize=9)
+            axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), aspect="equal")
+        axes.legend(fontsize="small")
+        return figure
 
     def rollout(self, tasks: Arrays, act: Act, rngs: list[np.random.Generator], *, testing: bool) -> Arrays:
         episodes = -(-self.test_steps // self.horizon) if testing else self.rollouts

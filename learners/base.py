@@ -20,6 +20,10 @@ Data: TypeAlias = dict[str, Tensor]
 Metrics: TypeAlias = dict[str, Tensor]
 
 
+GROUP = "group"
+"""Name of the array and the row that say of which kind a task is."""
+
+
 class Meta(NamedTuple):
     """θ and what travels beside it.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from envs.base import Arrays
 from learners import policy_gradient, tree
-from learners.base import Data, Learner, Meta, Metrics, Params
+from learners.base import GROUP, Data, Learner, Meta, Metrics, Params
 from learners.derivative import differentiate
 from learners.models import Functional
 from learners.policy_gradient import InnerLoss
@@ -81,6 +81,10 @@ class Control:
     def measure(self, params: Params, data: Data) -> Metrics:
         return {"surrogate": self.query(params, data)}
 
+    def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
+        """Mean actions [n, a] on observations x."""
+        return self.policy(params, x).chunk(2, -1)[0]
+
     def curve(self, data: Data) -> Metrics:
         """Mean return of φ₀ … φ_steps' episodes [steps + 1], of one task."""
         return {"return": data["return"]}
@@ -134,7 +138,7 @@ class Control:
             adapted += time.perf_counter() - began
             for data in lived:
                 data["adaptation_s"][k] = adapted / len(lived)
-        return {k: torch.stack([d[k] for d in lived]) for k in lived[0]}
+        return {k: torch.stack([d[k] for d in lived]) for k in lived[0]} | {k: v for k, v in tasks.items() if k == GROUP}
 
     def _watch(self, data: Data, k: int, steps: int, theta: Params, phi: Params) -> None:
         """What tells whether adaptation does anything: the size of its gradient, and how far φ_k's actions are from θ's."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from envs.base import Arrays
-from learners.base import Data, Learner, Objective, Params, Records, Share, Verb, Verbs, pack, unpack
+from learners.base import GROUP, Data, Learner, Objective, Params, Records, Share, Verb, Verbs, pack, unpack
 from learners.objectives import Supervised
 from learners.robustness import Robustness
 from learners.robustness import verb as robust
@@ -16,10 +16,6 @@ from learners.robustness import verb as robust
 
 class RecordingObjective(Records, Objective, Protocol):
     """Both."""
-
-
-GROUP = "group"
-"""Name of a row that says which kind of task this is."""
 
 
 def standard(learner: Learner, objective: Objective, evaluation_steps: int, robustness: Robustness | None = None) -> Verbs:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from envs.base import Arrays
 from learners import policy_gradient, tree
@@ -54,6 +55,7 @@ class Control:
     gae: float = 1.0
     exploration: float = 0.0
     device: str = "cpu"
+    _graphs: dict[object, Callable[..., Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def support(self, params: Params, data: Data, step: int) -> Tensor:
         part = {k: v[step] for k, v in data.items() if k in RECORDED}
@@ -152,7 +154,6 @@ class Control:
 
     def _actor(self, phis: list[Params]) -> Act:
         stacked = {k: torch.stack([phi[k] for phi in phis]) for k in phis[0]}
-        batched = torch.func.vmap(lambda p, x: self.policy(p, x))
         whole = np.arange(len(phis))
 
         def act(which: Array, observations: Array, noise: Array) -> Array:
@@ -160,12 +161,26 @@ class Control:
             like = next(iter(weights.values()))
             x = torch.from_numpy(np.ascontiguousarray(observations)).to(like)
             with torch.no_grad():
-                mean, log_std = batched(weights, x).chunk(2, -1)
+                mean, log_std = self._batched(weights, x).chunk(2, -1)
                 actions = mean + torch.exp(log_std) * torch.from_numpy(np.ascontiguousarray(noise)).to(like)
             result: Array = actions.cpu().numpy()
             return result
 
         return act
+
+    def _batched(self, weights: Params, x: Tensor) -> Tensor:
+        """The policy with weights [t, …] on x [t, k, o].
+
+        By a graph that is traced once: what vmap and modules do in Python at every call takes longer than a small policy's arithmetic.
+        """
+
+        def one(weights: Params, x: Tensor) -> Tensor:
+            return self.policy(weights, x)
+
+        key = (x.shape, x.dtype, x.device)
+        if key not in self._graphs:
+            self._graphs[key] = make_fx(torch.func.vmap(one))(weights, x)
+        return self._graphs[key](weights, x)
 
     def _append(self, data: Data, k: int, steps: int, phi: Params, sampled: Arrays) -> None:
         """Fill index k of one task's data."""

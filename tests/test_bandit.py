@@ -1,0 +1,142 @@
+"""A two-armed bandit, where everything has a closed form: each inner loss has the curvature that theory gives it.
+
+The action is a number from N(μ, σ²); the right arm is pulled where it is positive. With rewards r₀, r₁ and Φ, ϕ the normal
+distribution and density,  J(μ) = r₀ + (r₁ − r₀) Φ(μ/σ),  J' = (r₁ − r₀) ϕ(μ/σ)/σ,  J'' = −(r₁ − r₀) (μ/σ³) ϕ(μ/σ).
+Expectations are exact up to the grid: actions are the distribution's quantiles.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from learners.base import Data, Meta, Params
+from learners.control import Control
+from learners.maml import MAML
+from learners.models import Functional, functional
+
+SIGMA, LEFT, RIGHT, RATE = 0.8, 1.0, 3.0, 0.4
+N = 40_000
+QUANTILES = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(N, dtype=torch.float64) + 0.5) / N)
+
+
+class Arm(nn.Module):
+    """N(μ, σ²), whatever is observed."""
+
+    def __init__(self, mu: float) -> None:
+        super().__init__()
+        self.mu = nn.Parameter(torch.tensor(mu, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.mu.expand(len(x)), torch.full((len(x),), math.log(SIGMA), dtype=torch.float64)], -1)
+
+
+def density(z: float) -> float:
+    return math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+def value(mu: float) -> float:
+    return LEFT + (RIGHT - LEFT) * 0.5 * (1 + math.erf(mu / SIGMA / math.sqrt(2)))
+
+
+def slope(mu: float) -> float:
+    return (RIGHT - LEFT) * density(mu / SIGMA) / SIGMA
+
+
+def curvature(mu: float) -> float:
+    return -(RIGHT - LEFT) * mu / SIGMA**3 * density(mu / SIGMA)
+
+
+def lived(policy: Functional, means: list[float]) -> Data:
+    """What bandits with these means meet, one pull an episode; the advantage is the reward."""
+    actions = torch.stack([m + SIGMA * QUANTILES for m in means]).unsqueeze(-1)
+    old_log_p = torch.stack([torch.distributions.Normal(m, SIGMA).log_prob(a[:, 0]) for m, a in zip(means, actions, strict=True)])
+    ones = torch.ones(len(means), N, dtype=torch.float64)
+    return {
+        "observations": ones.unsqueeze(-1), "actions": actions, "mask": ones, "old_log_p": old_log_p,
+        "advantages": torch.where(actions[..., 0] > 0, RIGHT, LEFT).double(), "first": torch.arange(N).expand(len(means), N),
+        "old": torch.stack([policy({"mu": torch.tensor(m, dtype=torch.float64)}, ones[0].unsqueeze(-1)) for m in means]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("inner_loss", "of_the_inner_loss"),
+    [
+        ("log_likelihood", lambda mu: -value(mu) / SIGMA**2),  # samples held still: only E[R ∇² log π]
+        ("likelihood_ratio", curvature),
+        ("dice", curvature),
+    ],
+)
+def test_the_meta_gradient_of_a_bandit(inner_loss: str, of_the_inner_loss) -> None:
+    mu = 0.3
+    phi = mu + RATE * slope(mu)
+    policy = functional(Arm(mu))
+    control = Control(policy, rollouts=None, inner_loss=inner_loss)  # type: ignore[arg-type]
+    data, theta = lived(policy, [mu, phi]), policy.params()
+    got_phi = MAML(RATE).adapt(Meta(theta, {}), control, data, 1)["mu"]
+    assert float(got_phi) == pytest.approx(phi, abs=1e-4)
+    got = MAML(RATE).gradient(Meta(theta, {}), control, data).grads["mu"]
+    assert float(got) == pytest.approx(-slope(phi) * (1 + RATE * of_the_inner_loss(mu)), rel=2e-3)
+
+
+def test_the_estimators_differ_where_credit_must_travel() -> None:
+    """Two pulls an episode, both rewards on the second: J = 2 V(μ), J'' = 2 V''(μ) plus the cross term 2 V'(μ)², which
+    only DiCE has, and only if rewards are products of both pulls."""
+    mu, n = 0.3, 801
+    z = torch.linspace(-6, 6, n, dtype=torch.float64)
+    both = torch.cartesian_prod(mu + SIGMA * z, mu + SIGMA * z).reshape(-1, 2)  # all pairs, with the density as their weight
+    weights = torch.exp(-0.5 * torch.cartesian_prod(z, z).square().sum(-1))
+    pull = lambda a: torch.where(a > 0, RIGHT, LEFT).double()  # noqa: E731
+    rewards = torch.stack(
+        [torch.zeros(len(both), dtype=torch.float64), pull(both[:, 0]) * pull(both[:, 1]) * weights / weights.mean()], 1
+    ).reshape(-1)
+    steps = torch.arange(2 * len(both))
+    data = {"mask": torch.ones(len(steps), dtype=torch.float64), "advantages": rewards, "first": steps - steps % 2}
+
+    def loss(kind: str, m: torch.Tensor) -> torch.Tensor:
+        from learners.policy_gradient import inner_loss
+
+        log_p = torch.distributions.Normal(m, torch.tensor(SIGMA, dtype=torch.float64)).log_prob(both.reshape(-1))
+        return 2 * inner_loss(kind, log_p, log_p.detach(), data)  # type: ignore[arg-type]
+
+    at = torch.tensor(mu, dtype=torch.float64, requires_grad=True)
+    found = {}
+    for kind in ("dice", "likelihood_ratio"):
+        (first,) = torch.autograd.grad(loss(kind, at), at, create_graph=True)
+        (second,) = torch.autograd.grad(first, at)
+        found[kind] = (-float(first.detach()), -float(second))
+    v, dv, ddv = value(mu), slope(mu), curvature(mu)
+    assert found["dice"][0] == pytest.approx(2 * v * dv, rel=5e-3)
+    assert found["dice"][1] == pytest.approx(2 * v * ddv + 2 * dv * dv, rel=1e-2)
+    # With rewards in the place of returns to go, the first pull gets no credit from the plain ratio.
+    assert found["likelihood_ratio"][0] == pytest.approx(v * dv, rel=5e-3)
+
+
+def bandit() -> tuple[Control, Params, Data]:
+    policy = functional(Arm(0.3))
+    return Control(policy, rollouts=None), policy.params(), lived(policy, [0.3, 0.5])  # type: ignore[arg-type]
+
+
+def test_the_meta_loss_is_of_what_the_adapted_policy_sampled() -> None:
+    control, theta, data = bandit()
+    nothing = data | {"advantages": torch.stack([data["advantages"][0], torch.zeros(N, dtype=torch.float64)])}
+    assert float(MAML(RATE).gradient(Meta(theta, {}), control, nothing).grads["mu"]) == 0
+    unmoved = data | {"advantages": torch.stack([torch.zeros(N, dtype=torch.float64), data["advantages"][1]])}
+    assert float(MAML(RATE).gradient(Meta(theta, {}), control, unmoved).grads["mu"]) != 0
+
+
+def test_the_exploration_term_credits_the_first_pulls_with_the_return_after_adaptation() -> None:
+    _, theta, data = bandit()
+    control = Control(functional(Arm(0.3)), rollouts=None, exploration=0.5)  # type: ignore[arg-type]
+    data |= {"return": torch.tensor([1.0, 9.0], dtype=torch.float64)}
+    slots = {"exploration/mean": torch.tensor(5.0).double(), "exploration/square": torch.tensor(29.0).double()}
+    data["actions"] = data["actions"] + 0.2  # so that the mean score is not zero
+    plain = MAML(RATE).gradient(Meta(theta, {}), Control(control.policy, rollouts=None), data).grads["mu"]  # type: ignore[arg-type]
+    got = MAML(RATE).gradient(Meta(theta, slots), control, data)
+    score = 0.2 / SIGMA**2  # mean ∇ log π of actions that lie 0.2 above their mean
+    assert float(got.grads["mu"] - plain) == pytest.approx(-0.5 * (9 - 5) / 2 * score, rel=1e-6)
+    assert float(got.slots["exploration/mean"]) == pytest.approx(5.4)
+    assert float(got.slots["exploration/square"]) == pytest.approx(29 + 0.1 * (81 - 29))

@@ -35,9 +35,9 @@ class Group:
             return means[0], np.array(self.results[0]["ci95"][measure])
         return means.mean(0), 1.96 * means.std(0, ddof=1) / np.sqrt(len(means))
 
-    def passes(self) -> int:
-        """Backward passes of one run."""
-        return int(self.results[0]["iteration"]) * self.run.meta_batch * self.run.learner.passes()
+    def spent(self, what: str) -> int:
+        """What one run took to train, in the currency of equal budgets."""
+        return int(self.results[0]["iteration"]) * config.spent(self.run, what)
 
     def attacked(self) -> dict[str, tuple[float, float]]:
         """(mean, half-width of the 95 % interval) under attack, by "support/query/measure"; {} where nobody attacked."""
@@ -117,14 +117,16 @@ def _group(members: list[Path], run: config.Run) -> Group:
 
 def _table(groups: list[Group], measure: str) -> Table:
     table = Table(title=f"test {measure.replace('_', ' ', 1)}: mean ± 95 % CI (over seeds where there are several, else over tasks)")
-    for name in ("run", "seeds", "iterations", "backward passes", "step 0", "step 1", "last step"):
+    lived = all(group.run.task.kind == "control" for group in groups)
+    budget, currency = ("env_steps", "time steps") if lived else ("passes", "backward passes")
+    for name in ("run", "seeds", "iterations", currency, "step 0", "step 1", "last step"):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name == "run")
     for group in groups:
         if measure not in group.results[0]["mean"]:
             continue
         mean, half = group.curve(measure)
         cells = [f"{mean[k]:.4f} ± {half[k]:.4f}" for k in (0, min(1, len(mean) - 1), len(mean) - 1)]
-        table.add_row(group.label, str(len(group.results)), str(group.results[0]["iteration"]), f"{group.passes():,}", *cells)
+        table.add_row(group.label, str(len(group.results)), str(group.results[0]["iteration"]), f"{group.spent(budget):,}", *cells)
     return table
 
 

@@ -25,12 +25,14 @@ from learners.models import MLP, ModelSpec
 from learners.objectives import NormMode
 from learners.outer import Descent
 from learners.policy_gradient import InnerLoss
+from learners.verbs import training_steps
 
 PRESETS = Path(__file__).parent / "presets"
 Table: TypeAlias = dict[str, Any]
 
-VARIANTS, BUDGET = "runs", "passes"
-"""Keys of a TOML file that make it a comparison of several runs."""
+VARIANTS = "runs"
+BUDGETS = ("passes", "env_steps")
+"""Keys of a TOML file that make it a comparison of several runs, and say what each may spend."""
 
 NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""
@@ -178,19 +180,32 @@ def read(name: str, extending: tuple[Path, ...] = ()) -> Table:
 def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
     """The runs of a comparison: a base with a table `[runs.NAME]` of differences for each, all at the same budget.
 
-    `passes` is how many backward passes over a support or query set each may take in all; their iterations follow.
-    `overrides` are top-level keys for every run. Raises ValueError for a RUN that is no comparison.
+    `passes` is how many backward passes over a support or query set each may take in all, `env_steps` how many time steps
+    of RL tasks; iterations follow, unless a run says its own. `overrides` are top-level keys for every run. Raises
+    ValueError for a RUN that is no comparison.
     """
     table = read(name)
-    variants, passes = table.pop(VARIANTS, None), table.pop(BUDGET, None)
-    if not isinstance(variants, dict) or not variants or type(passes) is not int or passes < 1:
-        raise ValueError(f"RUN={name!r} is not a comparison: tables [{VARIANTS}.NAME] and {BUDGET} = a whole number wanted")
+    variants, budget = table.pop(VARIANTS, None), {k: table.pop(k) for k in BUDGETS if k in table}
+    allowed = next(iter(budget.values()), None)
+    if not isinstance(variants, dict) or not variants or len(budget) != 1 or type(allowed) is not int or allowed < 1:
+        raise ValueError(f"RUN={name!r} is not a comparison: tables [{VARIANTS}.NAME] and {' or '.join(BUDGETS)} = a whole number wanted")
     runs = {}
     for variant, differences in variants.items():
         run: Run = from_table(Run, _merged(table, differences) | (overrides or {}), f"{VARIANTS}.{variant}.")
-        each = run.meta_batch * run.learner.passes()
-        runs[variant] = dataclasses.replace(run, iterations=max(1, passes // each))
+        if "iterations" not in differences:
+            run = dataclasses.replace(run, iterations=max(1, allowed // spent(run, *budget)))
+        runs[variant] = run
     return runs
+
+
+def spent(run: Run, what: str) -> int:
+    """Passes over a support or query set ("passes"), or time steps of tasks ("env_steps"), of one meta-iteration."""
+    if what == "passes":
+        return run.meta_batch * run.learner.passes()
+    if run.task.kind != "control":
+        raise ValueError(f"env_steps: {type(run.task).__name__} has none; passes wanted")
+    steps: int = run.meta_batch * (training_steps(run.learner) + 1) * run.task.rollouts * run.task.horizon  # type: ignore[attr-defined]
+    return steps
 
 
 def find(name: str, folder: Path = Path()) -> Path:

@@ -24,6 +24,7 @@ from learners.base import Params
 log = logging.getLogger("metafleet")
 
 IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never waits for the driver
+STICKY = 4  # as many where the worker has run just these tasks before: what it remembers of them saves more than waiting costs
 START_SECONDS = 300.0  # without a single worker ready for this long, the pool gives up
 FETCH_SECONDS = 120.0  # a finished result, or a data file, that has not arrived after this long never will
 LONGEST_BACKOFF = 30.0
@@ -117,7 +118,7 @@ class RayPool:
         del self._values[handle]
 
     def free(self) -> int:
-        return sum(IN_FLIGHT - len(a.tickets) for a in self._actors if a.ready)
+        return sum(max(0, IN_FLIGHT - len(a.tickets)) for a in self._actors if a.ready)
 
     def submit(self, assignment: Assignment) -> None:
         actor = self._choose(assignment)
@@ -271,7 +272,7 @@ class RayPool:
             ready = [a for a in ready if a.name != asked] or ready
         else:
             before = self._ran.get((assignment.split, assignment.start, assignment.stop))
-            ready = [a for a in ready if a.name == before] or ready
+            ready = [a for a in self._actors if a.ready and a.name == before and len(a.tickets) < STICKY] or ready
         return min(ready, key=lambda a: len(a.tickets))
 
 

@@ -40,6 +40,12 @@ def test_ones_own_model_and_tasks_learn_locally(tmp_path: Path) -> None:
     assert final_error(output, 3) < 0.5 * final_error(output, 0)
 
 
+def test_a_gymnasium_environment_becomes_tasks(tmp_path: Path) -> None:
+    output = run(EXAMPLES["pendulums.py"], tmp_path)
+    assert re.search(r"│ +2 │ +-[0-9.]+ ±", output)
+    assert (tmp_path / "runs" / "pendulums" / "evaluation.json").exists()
+
+
 @pytest.mark.ray
 def test_ones_own_model_and_tasks_learn_on_ray_to_the_same_numbers(tmp_path: Path) -> None:
     shorter = EXAMPLES["own.py"].replace("iterations=200", "iterations=20")

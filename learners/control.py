@@ -32,6 +32,7 @@ class Rollouts(Protocol):
 
 
 EXPLORATION = "exploration"
+RUNNING = ("mean", "square", "weight")
 FOLLOW = 0.1  # of the way to this iteration's returns: how the baseline of the exploration term moves
 
 
@@ -71,8 +72,12 @@ class Control:
         """The exploration term, a function of θ; 0 where there is none."""
         if not self.exploration:
             return torch.zeros((), dtype=data["mask"].dtype, device=data["mask"].device)
-        mean, square = theta[f"{EXPLORATION}/mean"], theta[f"{EXPLORATION}/square"]
-        standard = (data["return"][-1] - mean) / (square - mean**2).clamp(min=0).sqrt().clamp(min=1.0)
+        seen = {k: theta[f"{EXPLORATION}/{k}"] for k in RUNNING}
+        weight = seen["weight"].clamp(min=policy_gradient.EPS)
+        mean = seen["mean"] / weight
+        deviation = (seen["square"] / weight - mean**2).clamp(min=0).sqrt()
+        # Nothing is known before the first iteration, and then nobody is credited.
+        standard = (data["return"][-1] - mean) / (deviation + policy_gradient.EPS) * (seen["weight"] > 0)
         log_p = policy_gradient.log_prob(self.policy(theta, data["observations"][0]), data["actions"][0])
         return -self.exploration * standard * policy_gradient.masked_mean(log_p, data["mask"][0])
 
@@ -84,7 +89,7 @@ class Control:
         return {"surrogate": self.query(params, data)}
 
     def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
-        """Mean actions [n, a] on observations x."""
+        """Mean actions [n, a] on observations x [n, o]."""
         return self.policy(params, x).chunk(2, -1)[0]
 
     def curve(self, data: Data) -> Metrics:
@@ -100,13 +105,13 @@ class Control:
         return {"adaptation_gain": returns[-1] - returns[0]} | each | moved | costs | {"count/env_steps": data["mask"].sum()}
 
     def slots(self) -> Params:
-        names = ("mean", "square") if self.exploration else ()
-        return {f"{EXPLORATION}/{name}": torch.zeros(()) for name in names}
+        return {f"{EXPLORATION}/{name}": torch.zeros(()) for name in RUNNING} if self.exploration else {}
 
     def track(self, params: Params, data: Data) -> Params:
         if not self.exploration:
             return {}
-        seen = {"mean": data["return"][-1], "square": data["return"][-1] ** 2}
+        last = data["return"][-1]
+        seen = {"mean": last, "square": last**2, "weight": torch.ones_like(last)}
         return {f"{EXPLORATION}/{k}": (1 - FOLLOW) * params[f"{EXPLORATION}/{k}"] + FOLLOW * v for k, v in seen.items()}
 
     def to(self, device: str) -> Control:

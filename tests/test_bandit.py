@@ -132,11 +132,14 @@ def test_the_exploration_term_credits_the_first_pulls_with_the_return_after_adap
     _, theta, data = bandit()
     control = Control(functional(Arm(0.3)), rollouts=None, exploration=0.5)  # type: ignore[arg-type]
     data |= {"return": torch.tensor([1.0, 9.0], dtype=torch.float64)}
-    slots = {"exploration/mean": torch.tensor(5.0).double(), "exploration/square": torch.tensor(29.0).double()}
+    slots = {f"exploration/{k}": torch.tensor(v).double() for k, v in (("mean", 2.5), ("square", 14.5), ("weight", 0.5))}
     data["actions"] = data["actions"] + 0.2  # so that the mean score is not zero
     plain = MAML(RATE).gradient(Meta(theta, {}), Control(control.policy, rollouts=None), data).grads["mu"]  # type: ignore[arg-type]
     got = MAML(RATE).gradient(Meta(theta, slots), control, data)
     score = 0.2 / SIGMA**2  # mean ∇ log π of actions that lie 0.2 above their mean
     assert float(got.grads["mu"] - plain) == pytest.approx(-0.5 * (9 - 5) / 2 * score, rel=1e-6)
-    assert float(got.slots["exploration/mean"]) == pytest.approx(5.4)
-    assert float(got.slots["exploration/square"]) == pytest.approx(29 + 0.1 * (81 - 29))
+    followed = {"mean": 0.9 * 2.5 + 0.1 * 9, "square": 0.9 * 14.5 + 0.1 * 81, "weight": 0.9 * 0.5 + 0.1}
+    for name, wanted in followed.items():
+        assert float(got.slots[f"exploration/{name}"]) == pytest.approx(wanted)
+    nothing = {k: torch.zeros_like(v) for k, v in slots.items()}  # before the first iteration
+    torch.testing.assert_close(MAML(RATE).gradient(Meta(theta, nothing), control, data).grads["mu"], plain)

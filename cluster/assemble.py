@@ -15,7 +15,7 @@ from cluster.worker import Recipe
 from learners import execution
 from learners.base import Objective, Params
 from learners.control import Control, Rollouts
-from learners.inner import InnerLoop
+from learners.inner import is_plain
 from learners.models import Functional, Gaussian, functional
 from learners.objectives import Supervised
 from learners.verbs import training_steps
@@ -49,7 +49,7 @@ def _objective(run: Run, network: Functional) -> Objective:
         if not isinstance(network.module, Gaussian):
             raise ValueError("RL tasks want a policy: --model.name gaussian_mlp")
         keys = run.control
-        if keys.exploration and getattr(type(run.learner), "outer_loss", None) is not InnerLoop.outer_loss:
+        if keys.exploration and not is_plain(run.learner):
             raise ValueError(f"control.exploration={keys.exploration}: the outer loss of {type(run.learner).__name__} has no place for it")
         return Control(network, run.task, keys.inner_loss, keys.discount, keys.gae, keys.exploration)
     return Supervised(

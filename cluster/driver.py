@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,9 @@ class Driver:
 def identity(recipe: Recipe, meta: Meta, meta_batch: int, shard: int) -> dict[str, Any]:
     """What makes a run this run, beside the fleet: if any of it differs, so do the numbers."""
     return {
-        "learner": repr(recipe.learner), "outer": repr(recipe.outer), "seed": recipe.seed, "dtype": recipe.dtype,
+        "tasks": repr(recipe.tasks) if is_dataclass(recipe.tasks) else type(recipe.tasks).__name__,
+        "objective": recipe.objective.summary(), "learner": repr(recipe.learner), "outer": repr(recipe.outer),
+        "seed": recipe.seed, "dtype": recipe.dtype,
         "meta_batch": meta_batch, "shard": shard, "execution": recipe.execution, "chunk": recipe.chunk, "threads": recipe.threads,
         "parameters": {k: list(v.shape) for k, v in pack(*meta).items()},
     }  # fmt: skip

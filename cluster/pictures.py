@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STRIP = 8  # pictures in a row of a film-strip
-FRAME_MS = 60
 
 
 @runtime_checkable
@@ -99,7 +98,7 @@ def _animate(film: list[Clip], path: Path) -> Path:
 
     first, *rest = [Image.fromarray(frame) for frame in np.concatenate([clip.frames for clip in film], 2)]
     file = io.BytesIO()
-    first.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=round(1000 * film[0].seconds), loop=0)
     write_atomically(path, file.getvalue())
     return path
 

@@ -118,21 +118,28 @@ class Worker:
     def _forget(self, oldest: int) -> None:
         for handle in [h for h in self._values if h < oldest]:
             del self._values[handle]
+        self._drop(oldest)
+
+    def _drop(self, oldest: int) -> None:
+        """Forget what was lived through, and built on it, at older θ."""
         for kept in (self._recorded, self._fixed):
             for key in [k for k in kept if k[1] < oldest]:
                 del kept[key]
 
     def _shard(self, a: Assignment, verb: Verb, theta: Params) -> Data:
-        """The data of an assignment; what was lived through at a θ is kept as long as that θ is."""
+        """The data of an assignment; what was lived through at a θ is kept until the next θ comes, for the rounds in between."""
         if verb.record is None:
             return self._drawn(a, verb)
+        if verb.light:  # nobody will ask again
+            return verb.record(theta, self._drawn(a, verb))
         key = (verb.record, a.at, a.split, a.start, a.stop)
         if key not in self._recorded:
+            self._drop(a.at)
             self._recorded[key] = verb.record(theta, self._drawn(a, verb))
         return self._recorded[key]
 
     def _fixed_at(self, a: Assignment, verb: Verb, theta: Params) -> list[Fixed]:
-        """The tasks of an assignment with only the operand left open, kept as long as θ is."""
+        """The tasks of an assignment with only the operand left open, kept as long as its data."""
         assert verb.fix
         key = (verb.fix, a.at, a.split, a.start, a.stop)
         if key not in self._fixed:

@@ -23,6 +23,8 @@ class Clip(NamedTuple):
 
     frames: Frames
     captions: list[str]
+    seconds: float
+    """Between two frames."""
 
 
 SPLITS = ("train", "validation", "test")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -19,10 +20,14 @@ class GymnasiumWorld:
 
     ends = True
 
-    def __init__(self, make: Callable[[], Any], set_task: Callable[[Any, dict[str, Any]], None], observations: int, actions: int) -> None:
+    def __init__(self, make: Callable[[], Any], set_task: Callable[[Any, dict[str, Any]], None]) -> None:
         self._make, self._set_task = make, set_task
-        self.observations, self.actions = observations, actions
-        self._copies: list[Any] = []
+        self._copies: list[Any] = [make()]
+        self.observations, self.actions = (int(np.prod(s.shape or 1)) for s in (self.first().observation_space, self.first().action_space))
+
+    def first(self) -> Any:
+        """One of the copies."""
+        return self._copies[0]
 
     def reset(self, tasks: Arrays, counts: list[int], rngs: list[np.random.Generator]) -> Floats:
         self._shape = (len(rngs), max(counts))
@@ -95,8 +100,7 @@ class GymnasiumTasks(ABC):
 
     def rollout(self, tasks: Arrays, act: Act, rngs: list[np.random.Generator], *, testing: bool) -> Arrays:
         episodes = -(-self.test_steps // self.horizon) if testing else self.rollouts
-        world = GymnasiumWorld(self._make, self.set_task, self.inputs[0], self.outputs)
-        return collect(world, tasks, act, rngs, episodes, self.horizon)
+        return collect(_world(self), tasks, act, rngs, episodes, self.horizon)
 
     def _make(self) -> Any:
         import gymnasium
@@ -104,5 +108,11 @@ class GymnasiumTasks(ABC):
         return gymnasium.make(self.id)
 
     def _spaces(self) -> tuple[Any, Any]:
-        environment = self._make()
-        return environment.observation_space, environment.action_space
+        one = _world(self).first()
+        return one.observation_space, one.action_space
+
+
+@cache
+def _world(tasks: GymnasiumTasks) -> GymnasiumWorld:
+    """One per process: its copies are made once."""
+    return GymnasiumWorld(tasks._make, tasks.set_task)

@@ -14,7 +14,7 @@ from envs.bodies import BODIES, GOALS, RANDOM, Body, BodyName, Goal, GoalName, c
 from envs.rendering import frames
 from envs.rollout import Act, Floats, Told, check_sizes, collect
 
-FILM_EVERY = 4  # time steps between the frames of a film
+FRAME_SECONDS = 0.06  # between the frames of a film, at least a time step
 
 
 class LocomotionWorld:
@@ -268,19 +268,26 @@ class Locomotion:
         """One episode without noise per task and number of steps, its first position the same."""
         plain = LocomotionWorld(BODIES[self.body], GOALS[self.goal])
         here = Told(plain, self._told()) if self.known else plain
-        alive, positions = np.ones((1, 1), bool), []
+        body, alive = BODIES[self.body], np.ones((1, 1), bool)
+        positions: list[Floats] = []
+        every = max(1, round(FRAME_SECONDS / (body.timestep * body.frame_skip)))
         for task, say in zip(tasks, predict, strict=True):
             for i in range(len(steps)):
                 observation = here.reset({k: np.asarray(v)[None] for k, v in task.items()}, [1], [np.random.default_rng(0)])
+                ended = False
                 for t in range(self.horizon):
-                    if t % FILM_EVERY == 0:
-                        positions.append(plain.frame())
-                    observation, _, _ = here.step(np.asarray(say(observation[0].astype(np.float32))[i], np.float32)[None], alive)
-        ant = BODIES[self.body].asset == "ant.xml"
+                    if t % every == 0:  # whoever has fallen stays there
+                        positions.append(positions[-1] if ended else plain.frame())
+                    if not ended:
+                        action = np.asarray(say(observation[0].astype(np.float32))[i], np.float32)
+                        observation, _, over = here.step(action[None], alive)
+                        ended = bool(over[0, 0])
+        ant = body.asset == "ant.xml"
         rendered = frames(plain.model, np.stack(positions), 4.0 if ant else 2.4)
         captions = [f"{q[0]:.1f}, {q[1]:.1f} m" if ant else f"{q[0]:+.1f} m" for q in positions]
         length = len(positions) // (len(tasks) * len(steps))
-        clips = [Clip(rendered[i : i + length], captions[i : i + length]) for i in range(0, len(positions), length)]
+        seconds = every * body.timestep * body.frame_skip
+        clips = [Clip(rendered[i : i + length], captions[i : i + length], seconds) for i in range(0, len(positions), length)]
         return [clips[i : i + len(steps)] for i in range(0, len(clips), len(steps))]
 
     def _told(self) -> int:

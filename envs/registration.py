@@ -80,7 +80,8 @@ class TaskVectorEnv(_Tasks, VectorEnv[Any, Any, Any]):
         self.single_observation_space, self.single_action_space = self._open(body, goal)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._tasks = self.sample_tasks(1, np.random.default_rng(0)) * num_envs
+        self._tasks = self.sample_tasks(num_envs, np.random.default_rng(0))
+        self._rngs: list[np.random.Generator] = []
 
     def set_tasks(self, tasks: list[Task]) -> None:
         """A task for each copy, from the next reset on."""
@@ -92,7 +93,8 @@ class TaskVectorEnv(_Tasks, VectorEnv[Any, Any, Any]):
         if "reset_mask" in (options or {}):
             raise ValueError("reset_mask: these environments are reset together")
         seeds = list(seed) if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
-        self._rngs = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
+        if seed is not None or not self._rngs:  # else the generators go on, as a single environment's does
+            self._rngs = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
         self._elapsed = 0
         tasks = {k: np.stack([np.asarray(t[k]) for t in self._tasks]) for k in self._tasks[0]}
         return np.array(self.world.reset(tasks, [1] * self.num_envs, self._rngs)[:, 0], np.float64), {}

@@ -41,8 +41,8 @@ def frames(model: Any, positions: np.ndarray[Any, Any], distance: float) -> Fram
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise RuntimeError(
-                f"no OpenGL to render with, MUJOCO_GL={environment.get('MUJOCO_GL', '')!r} ({reason}); "
-                "on a machine without a screen libEGL or libOSMesa with MUJOCO_GL=egl or osmesa will do"
+                f"rendering failed with MUJOCO_GL={environment.get('MUJOCO_GL', '')!r} ({reason}); "
+                "without a screen it wants OpenGL by libEGL (MUJOCO_GL=egl) or libOSMesa (MUJOCO_GL=osmesa)"
             )
         rendered: Frames = np.load(drawn)
         return rendered

@@ -100,9 +100,10 @@ def collect(world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generato
     budget = episodes * horizon
     record = _Record(world, len(rngs), budget + (horizon if world.ends else 0))
     while (open_ := np.flatnonzero(record.filled < budget)).size:
-        # As many episodes as will be enough if they last as long as this task's have so far: no other task has a say.
+        # As many episodes as will be enough if they last as long as this task's have so far: no other task has a say. No more
+        # than at first, though: a task that ends at once must not need thousands of copies.
         counts = [
-            int(np.ceil((budget - f) / (f / n))) if n else episodes
+            min(episodes, int(np.ceil((budget - f) / (f / n)))) if n else episodes
             for f, n in zip(record.filled[open_], record.episodes[open_], strict=True)
         ]
         wave = _wave(world, tasks, open_, act, rngs, counts, horizon, record.clock)

@@ -58,6 +58,10 @@ class Sum(NamedTuple):
     weight: float
     rows: Metrics
 
+    def mean(self) -> Params:
+        """The total divided by the weight."""
+        return {k: (1 / self.weight) * v for k, v in self.total.items()}
+
 
 class Objective(Protocol):
     """Model, loss, normalisation mode and loss scale of a run. Pure; draws nothing."""

@@ -16,6 +16,7 @@ from envs.base import Arrays
 from learners import policy_gradient, tree
 from learners.base import GROUP, Data, Learner, Meta, Metrics, Params
 from learners.derivative import differentiate
+from learners.inner import partition
 from learners.models import Functional
 from learners.policy_gradient import InnerLoss
 
@@ -32,6 +33,7 @@ class Rollouts(Protocol):
 
 
 EXPLORATION = "exploration"
+TRACED = 4  # shapes
 RUNNING = ("mean", "square", "weight")
 FOLLOW = 0.1  # of the way to this iteration's returns: how the baseline of the exploration term moves
 
@@ -141,18 +143,20 @@ class Control:
             began = time.perf_counter()
             for i, data in enumerate(lived):
                 self._append(data, k, steps, phis[i], {name: v[i] for name, v in sampled.items()})
-                self._watch(data, k, steps, thetas[i], phis[i])
+                if not testing:
+                    self._watch(learner, data, k, steps, thetas[i], phis[i])
             adapted += time.perf_counter() - began
-            for data in lived:
+            for data in lived if not testing else ():
                 data["adaptation_s"][k] = adapted / len(lived)
         return {k: torch.stack([d[k] for d in lived]) for k in lived[0]} | {k: v for k, v in tasks.items() if k == GROUP}
 
-    def _watch(self, data: Data, k: int, steps: int, theta: Params, phi: Params) -> None:
+    def _watch(self, learner: Learner, data: Data, k: int, steps: int, theta: Params, phi: Params) -> None:
         """What tells whether adaptation does anything: the size of its gradient, and how far φ_k's actions are from θ's."""
         if not k:
             data |= {name: data["return"].new_zeros(steps + 1) for name in ("inner_grad_norm", "adaptation_kl", "adaptation_s")}
         if k < steps:
-            data["inner_grad_norm"][k] = tree.norm(differentiate(lambda p: self.support(p, data, k), phi)[0])
+            moving, still = partition(phi, getattr(learner, "adapts", ("*",)))
+            data["inner_grad_norm"][k] = tree.norm(differentiate(lambda p: self.support(still | p, data, k), moving)[0])
         with torch.no_grad():
             apart = policy_gradient.kl(self.distribution(theta, data, k), data["old"][k])
             data["adaptation_kl"][k] = policy_gradient.masked_mean(apart, data["mask"][k])
@@ -176,16 +180,18 @@ class Control:
     def _batched(self, weights: Params, x: Tensor) -> Tensor:
         """The policy with weights [t, …] on x [t, k, o].
 
-        By a graph that is traced once: what vmap and modules do in Python at every call takes longer than a small policy's arithmetic.
+        By a graph that is traced once: what vmap and modules do in Python at every call takes longer than a small policy's
+        arithmetic. Only for the first few shapes, which full waves have; where episodes end early there are many more.
         """
 
         def one(weights: Params, x: Tensor) -> Tensor:
             return self.policy(weights, x)
 
         key = (x.shape, x.dtype, x.device)
-        if key not in self._graphs:
+        if key not in self._graphs and len(self._graphs) < TRACED:
             self._graphs[key] = make_fx(torch.func.vmap(one))(weights, x)
-        return self._graphs[key](weights, x)
+        acting: Callable[..., Tensor] = self._graphs.get(key) or torch.func.vmap(one)
+        return acting(weights, x)
 
     def _append(self, data: Data, k: int, steps: int, phi: Params, sampled: Arrays) -> None:
         """Fill index k of one task's data."""

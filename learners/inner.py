@@ -117,6 +117,12 @@ class InnerLoop(ABC):
         return self
 
 
+def is_plain(learner: Learner) -> bool:
+    """Whether what a learner descends is the loss after its last inner step, and nothing else."""
+    own = {name for cls in type(learner).__mro__[: -len(InnerLoop.__mro__)] for name in vars(cls)}
+    return isinstance(learner, InnerLoop) and not own & {"outer_loss", "gradient"}
+
+
 def support_losses(point: Point) -> Metrics:
     """The support loss at each inner step, to log."""
     return {f"support_loss_step{k}": loss for k, loss in enumerate(point.losses)}

@@ -57,8 +57,7 @@ class Descent:
         return {}
 
     def step(self, meta: Meta, state: Params, reduce: Reduce) -> tuple[Meta, Params, dict[str, float]]:
-        total, weight, _ = reduce("gradient", None)
-        return self.apply(meta, state, tree.scale(1 / weight, total), 1.0)
+        return self.apply(meta, state, reduce("gradient", None).mean(), 1.0)
 
     def apply(self, meta: Meta, state: Params, mean: Params, lr_scale: float) -> tuple[Meta, Params, dict[str, float]]:
         grads, slots = unpack(mean)

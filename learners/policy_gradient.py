@@ -30,19 +30,16 @@ def discounted(rewards: Floats, starts: NDArray[np.bool_], discount: float) -> F
 def baseline(observations: Floats, time: NDArray[np.integer], targets: Floats) -> Floats:
     """Predictions [n] of a least-squares fit to the same `targets`, ridge 1e-5, in float64.
 
-    Features as in rllab's linear baseline: o clipped to ±10, o², t/100 and its square and cube, 1; time within the
-    episode. The ridge grows tenfold, up to five times, where the fit is not finite (Duan et al. 2016).
+    Features as in rllab's linear baseline (Duan et al. 2016): o clipped to ±10, o², t/100 and its square and cube, 1; time
+    within the episode. Not a number where the inputs are not.
     """
     o = np.clip(observations.astype(np.float64), -10, 10)
     t = time.astype(np.float64)[:, None] / 100
     features = np.concatenate([o, o**2, t, t**2, t**3, np.ones_like(t)], 1)
     gram, moment = features.T @ features, features.T @ targets
-    ridge = RIDGE
-    for _ in range(5):
-        weights = np.linalg.lstsq(gram + ridge * np.eye(len(gram)), moment, rcond=None)[0]
-        if np.isfinite(weights).all():
-            break
-        ridge *= 10
+    if not (np.isfinite(gram).all() and np.isfinite(moment).all()):
+        return np.full(len(features), np.nan)
+    weights = np.linalg.lstsq(gram + RIDGE * np.eye(len(gram)), moment, rcond=None)[0]
     predicted: Floats = features @ weights
     return predicted
 
@@ -73,9 +70,10 @@ def inner_loss(kind: InnerLoss, log_p: Tensor, old_log_p: Tensor, data: dict[str
     """The loss of an inner step, a mean over valid time steps.
 
     log_likelihood     −mean log π(a|s) · A   (REINFORCE, as in the MAML paper)
-    likelihood_ratio   −mean π(a|s)/π_old(a|s) · A   (same value and gradient at π_old; a curvature of lower variance:
-                       Rothfuss et al. 2019, and the importance weight that a candidate θ needs)
-    dice               −mean Π_{s ≤ t} (π/⊥π) · A   within each episode (Foerster et al. 2018): unbiased to all orders
+    likelihood_ratio   −mean π(a|s)/π_old(a|s) · A   (the same gradient at π_old; a curvature of lower variance: Rothfuss
+                       et al. 2019, and the importance weight that a candidate θ needs)
+    dice               −mean (D_t − D_{t−1}) · A,  D_t = Π_{s ≤ t} π/⊥π  within each episode (Foerster et al. 2018, with
+                       advantages as in Farquhar et al. 2019): where A are returns to go, unbiased to all orders
     """
     mask, advantage = data["mask"], data["advantages"]
     if kind == "log_likelihood":
@@ -86,7 +84,8 @@ def inner_loss(kind: InnerLoss, log_p: Tensor, old_log_p: Tensor, data: dict[str
         total = torch.cumsum(log_p * mask, 0)
         before = total - log_p * mask
         within = total - before[data["first"]]
-        weighted = torch.exp(within - within.detach()) * advantage
+        earlier = within - log_p * mask
+        weighted = (torch.exp(within - within.detach()) - torch.exp(earlier - earlier.detach())) * advantage
     return -masked_mean(weighted, mask)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from learners import policy_gradient, tree
-from learners.base import Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Sum, Verb, Verbs, pack, unpack
+from learners.base import Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, unpack
 from learners.derivative import differentiate_with
-from learners.inner import model_params
+from learners.inner import is_plain, model_params
 from learners.outer import Descent
 from learners.trust_region import Stochastic
 from learners.verbs import training_steps
@@ -48,6 +48,8 @@ class ProMP:
     def verbs(self, learner: Learner, objective: Objective) -> Verbs:
         if not isinstance(objective, Stochastic):
             raise ValueError(f"ProMP wants a policy, not {objective.summary()}; choose --outer.name descent")
+        if not is_plain(learner):
+            raise ValueError(f"ProMP is about the loss after adaptation; {type(learner).__name__} wants --outer.name descent")
         policy, steps = objective, training_steps(learner)
 
         def proximal(at: Params, operand: Params, data: Data) -> Share:
@@ -66,11 +68,11 @@ class ProMP:
         return {"proximal": Verb(proximal)}
 
     def step(self, meta: Meta, state: Params, reduce: Reduce) -> tuple[Meta, Params, dict[str, float]]:
-        first = unpack(_averaged(reduce("gradient", None)))
+        first = unpack(reduce("gradient", None).mean())
         params, grads, metrics = meta.params, first.params, {"outer/grad_norm": float(tree.norm(first.params))}
         for epoch in range(self.epochs):
             if epoch:
-                grads = _averaged(reduce("proximal", params))
+                grads = reduce("proximal", params).mean()
             moved, state, _ = self._adam().apply(Meta(params, {}), state, pack(grads, {}), 1.0)
             params = moved.params
         return Meta(params, first.slots), state, metrics | {"outer/step_norm": float(tree.norm(tree.sub(params, meta.params)))}
@@ -86,7 +88,3 @@ class ProMP:
 
 def _mean(values: Tensor, data: Data, step: int) -> Tensor:
     return policy_gradient.masked_mean(values, data["mask"][step])
-
-
-def _averaged(total: Sum) -> Params:
-    return tree.scale(1 / total.weight, total.total)

@@ -12,7 +12,8 @@ from learners import policy_gradient, tree
 from learners.base import Data, Fixed, Learner, Meta, Objective, Params, Reduce, Share, Sum, Verb, Verbs, unpack
 from learners.conjugate_gradient import conjugate_gradient
 from learners.derivative import gauss_newton
-from learners.inner import model_params
+from learners.inner import is_plain, model_params
+from learners.verbs import training_steps
 
 
 @runtime_checkable
@@ -63,11 +64,14 @@ class TrustRegion:
     def verbs(self, learner: Learner, objective: Objective) -> Verbs:
         if not isinstance(objective, Stochastic):
             raise ValueError(f"a trust region wants a policy, not {objective.summary()}; choose --outer.name descent")
-        policy, every = objective, self.curvature_every
+        if not is_plain(learner):
+            raise ValueError(f"a trust region is about the loss after adaptation; {type(learner).__name__} wants --outer.name descent")
+        if self.curvature_every > 1 and getattr(objective, "inner_loss", "") == "dice":
+            raise ValueError(f"curvature_every={self.curvature_every}: inner_loss='dice' needs every time step, 1 wanted")
+        policy, every, steps = objective, self.curvature_every, training_steps(learner)
 
         def adapted(meta: Meta, params: Params, data: Data) -> Tensor:
             """The adapted policy's distribution on its own time steps."""
-            steps = int(getattr(learner, "inner_steps", 1))
             return policy.distribution(learner.adapt(Meta(params, meta.slots), policy, data, steps), data)
 
         def curvature(at: Params, data: Data) -> Fixed:
@@ -78,7 +82,7 @@ class TrustRegion:
 
         def surrogate(at: Params, operand: Params, data: Data) -> Share:
             meta = unpack(at)
-            steps, mask = int(getattr(learner, "inner_steps", 1)), data["mask"][-1]
+            mask = data["mask"][-1]
             with torch.no_grad():
                 phi = learner.adapt(Meta(operand, meta.slots), policy, data, steps)
                 away = (policy_gradient.kl(data["old"][-1], policy.distribution(phi, data)) * mask).sum()
@@ -88,12 +92,11 @@ class TrustRegion:
         return {"curvature": Verb(lambda at, v, data: curvature(at, data)(v), fix=curvature), "surrogate": Verb(surrogate)}
 
     def step(self, meta: Meta, state: Params, reduce: Reduce) -> tuple[Meta, Params, dict[str, float]]:
-        result = reduce("gradient", None)
-        grads, slots = unpack(_mean(result))
+        grads, slots = unpack(reduce("gradient", None).mean())
         state = {"step": state["step"] + 1}
 
         def product(v: Params) -> Params:
-            return tree.add(_mean(reduce("curvature", v)), tree.scale(self.damping, v))
+            return tree.add(reduce("curvature", v).mean(), tree.scale(self.damping, v))
 
         x, residual = conjugate_gradient(product, grads, self.solver_steps)
         curved = float(tree.dot(x, tree.sub(grads, residual)))  # xᵀ(H + damping)x
@@ -116,10 +119,6 @@ def _fisher(distribution: Tensor, v: Tensor) -> Tensor:
     """F v for diagonal normal distributions in (mean, log σ): 1/σ² and 2."""
     mean, log_std = v.chunk(2, -1)
     return torch.cat([mean * torch.exp(-2 * distribution.chunk(2, -1)[1]), 2 * log_std], -1)
-
-
-def _mean(total: Sum) -> Params:
-    return tree.scale(1 / total.weight, total.total)
 
 
 def _judged(total: Sum) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from learners.base import Data, Meta, Params
 from learners.control import Control
 from learners.maml import MAML
 from learners.models import Functional, functional
+from learners.policy_gradient import InnerLoss, inner_loss
 
 SIGMA, LEFT, RIGHT, RATE = 0.8, 1.0, 3.0, 0.4
 N = 40_000
@@ -82,37 +83,28 @@ def test_the_meta_gradient_of_a_bandit(inner_loss: str, of_the_inner_loss) -> No
     assert float(got) == pytest.approx(-slope(phi) * (1 + RATE * of_the_inner_loss(mu)), rel=2e-3)
 
 
-def test_the_estimators_differ_where_credit_must_travel() -> None:
-    """Two pulls an episode, both rewards on the second: J = 2 V(μ), J'' = 2 V''(μ) plus the cross term 2 V'(μ)², which
-    only DiCE has, and only if rewards are products of both pulls."""
+def test_only_dice_has_the_curvature_between_two_pulls_of_an_episode() -> None:
+    """The reward comes at the end and is the product of both arms': J = V², J' = 2 V V', J'' = 2 V V'' + 2 V'². With returns to
+    go for advantages all three losses have J'; a ratio per time step lacks the last term, DiCE has all."""
     mu = 0.3
     z = -mu / SIGMA + 0.015 * (torch.arange(-400, 400, dtype=torch.float64) + 0.5)  # the arms change between two points of the grid
-    both = torch.cartesian_prod(mu + SIGMA * z, mu + SIGMA * z).reshape(-1, 2)  # all pairs, with the density as their weight
+    both = torch.cartesian_prod(mu + SIGMA * z, mu + SIGMA * z)  # all pairs of pulls, with the density as their weight
     weights = torch.exp(-0.5 * torch.cartesian_prod(z, z).square().sum(-1))
-    pull = lambda a: torch.where(a > 0, RIGHT, LEFT).double()  # noqa: E731
-    rewards = torch.stack(
-        [torch.zeros(len(both), dtype=torch.float64), pull(both[:, 0]) * pull(both[:, 1]) * weights / weights.mean()], 1
-    ).reshape(-1)
+    rewards = torch.where(both > 0, RIGHT, LEFT).double().prod(-1) * weights / weights.mean()
     steps = torch.arange(2 * len(both))
-    data = {"mask": torch.ones(len(steps), dtype=torch.float64), "advantages": rewards, "first": steps - steps % 2}
-
-    def loss(kind: str, m: torch.Tensor) -> torch.Tensor:
-        from learners.policy_gradient import inner_loss
-
-        log_p = torch.distributions.Normal(m, torch.tensor(SIGMA, dtype=torch.float64)).log_prob(both.reshape(-1))
-        return 2 * inner_loss(kind, log_p, log_p.detach(), data)  # type: ignore[arg-type]
-
+    data = {"mask": torch.ones(len(steps), dtype=torch.float64), "advantages": rewards.repeat_interleave(2), "first": steps - steps % 2}
     at = torch.tensor(mu, dtype=torch.float64, requires_grad=True)
-    found = {}
-    for kind in ("dice", "likelihood_ratio"):
-        (first,) = torch.autograd.grad(loss(kind, at), at, create_graph=True)
-        (second,) = torch.autograd.grad(first, at)
-        found[kind] = (-float(first.detach()), -float(second))
     v, dv, ddv = value(mu), slope(mu), curvature(mu)
-    assert found["dice"][0] == pytest.approx(2 * v * dv, rel=5e-3)
-    assert found["dice"][1] == pytest.approx(2 * v * ddv + 2 * dv * dv, rel=1e-2)
-    # With rewards in the place of returns to go, the first pull gets no credit from the plain ratio.
-    assert found["likelihood_ratio"][0] == pytest.approx(v * dv, rel=5e-3)
+    wanted: dict[InnerLoss, float] = {
+        "dice": 2 * v * ddv + 2 * dv * dv, "likelihood_ratio": 2 * v * ddv, "log_likelihood": -2 * v * v / SIGMA**2,
+    }  # fmt: skip
+    for kind, second_wanted in wanted.items():
+        log_p = torch.distributions.Normal(at, torch.tensor(SIGMA, dtype=torch.float64)).log_prob(both.reshape(-1))
+        loss = 2 * inner_loss(kind, log_p, log_p.detach(), data)  # two time steps an episode
+        (first,) = torch.autograd.grad(loss, at, create_graph=True)
+        (second,) = torch.autograd.grad(first, at)
+        assert -float(first.detach()) == pytest.approx(2 * v * dv, rel=5e-3), kind
+        assert -float(second) == pytest.approx(second_wanted, rel=1e-2), kind
 
 
 def bandit() -> tuple[Control, Params, Data]:

@@ -51,6 +51,9 @@ def test_the_vector_environment_steps_as_single_ones_do(name: str) -> None:
             wanted = single.step(action[i])
             np.testing.assert_array_equal(observations[i], wanted[0])
             assert (rewards[i], ended[i], truncated[i]) == wanted[1:4]
+    again, _ = vector.reset()  # without a seed the generators go on
+    for i, single in enumerate(singles):
+        np.testing.assert_array_equal(again[i], single.reset()[0])
     with pytest.raises(ValueError, match="2 tasks for 3 environments"):
         vector.unwrapped.set_tasks(tasks[:2])
 

@@ -1,6 +1,6 @@
 """Frames of a MuJoCo body, off screen, in a process of its own: what OpenGL does there harms nobody.
 
-`python -m envs.rendering MODEL POSITIONS FRAMES DISTANCE` reads positions [n, nq] and writes frames [n, height, width, 3] (.npy).
+`python -m envs.rendering MODEL POSITIONS FRAMES DISTANCE` reads positions [n, nq] (float64) and writes frames [n, height, width, 3] (bytes).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def frames(model: Any, positions: np.ndarray[Any, Any], distance: float) -> Fram
     screen = "DISPLAY" in os.environ or sys.platform != "linux"
     environment = os.environ if screen else {"MUJOCO_GL": "egl", **os.environ}
     with tempfile.TemporaryDirectory() as folder:
-        where, seen, drawn = (str(Path(folder) / name) for name in ("model.mjb", "positions.npy", "frames.npy"))
+        where, seen, drawn = (str(Path(folder) / name) for name in ("model.mjb", "positions", "frames"))
         mujoco.mj_saveModel(model, where)
-        np.save(seen, positions)
+        positions.astype(np.float64).tofile(seen)
         command = [sys.executable, "-m", "envs.rendering", where, seen, drawn, str(distance)]
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -44,8 +44,7 @@ def frames(model: Any, positions: np.ndarray[Any, Any], distance: float) -> Fram
                 f"rendering failed with MUJOCO_GL={environment.get('MUJOCO_GL', '')!r} ({reason}); "
                 "without a screen it wants OpenGL by libEGL (MUJOCO_GL=egl) or libOSMesa (MUJOCO_GL=osmesa)"
             )
-        rendered: Frames = np.load(drawn)
-        return rendered
+        return np.fromfile(drawn, np.uint8).reshape(len(positions), HEIGHT, WIDTH, 3)
 
 
 def main(where: str, seen: str, drawn: str, distance: str) -> None:
@@ -57,7 +56,7 @@ def main(where: str, seen: str, drawn: str, distance: str) -> None:
     camera.distance, camera.azimuth, camera.elevation = float(distance), 90, -12
 
     model = mujoco.MjModel.from_binary_path(where)
-    data, positions = mujoco.MjData(model), np.load(seen)
+    data, positions = mujoco.MjData(model), np.fromfile(seen).reshape(-1, model.nq)
     with mujoco.Renderer(model, HEIGHT, WIDTH) as renderer:
         pictures = []
         for qpos in positions:
@@ -65,7 +64,7 @@ def main(where: str, seen: str, drawn: str, distance: str) -> None:
             mujoco.mj_forward(model, data)
             renderer.update_scene(data, camera)
             pictures.append(renderer.render().copy())
-    np.save(drawn, np.stack(pictures))
+    np.stack(pictures).tofile(drawn)
 
 
 if __name__ == "__main__":

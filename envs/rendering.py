@@ -1,6 +1,7 @@
 """Frames of a MuJoCo body, off screen, in a process of its own: what OpenGL does there harms nobody.
 
-`python -m envs.rendering MODEL POSITIONS FRAMES DISTANCE` reads positions [n, nq] (float64) and writes frames [n, height, width, 3] (bytes).
+`python -m envs.rendering MODEL POSITIONS FRAMES DISTANCE` reads positions [n, nq] (float64) and writes frames
+[n, height, width, 3] (bytes).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ ITERATIONS = 4
 
 
 def cheetah() -> config.Run:
-    run = config.load("half-cheetah-direction")
+    run = config.load("half-cheetah-direction-trpo")
     return replace(run, pool="local", execution="loop", meta_batch=TASKS, shard=TASKS, iterations=ITERATIONS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cluster.asynchronous import Asynchronous
 from cluster.policies import Policy, Synchronous
 from envs.base import TaskFamily
 from envs.glyphs import Glyphs
@@ -33,7 +34,7 @@ LEARNERS: dict[str, type] = {
     "reptile": Reptile, "adml": ADML, "adversarial_querying": AdversarialQuerying,
 }  # fmt: skip
 OUTERS: dict[str, type] = {"descent": Descent, "trust_region": TrustRegion, "promp": ProMP}
-POLICIES: dict[str, type] = {"synchronous": Synchronous}
+POLICIES: dict[str, type] = {"synchronous": Synchronous, "asynchronous": Asynchronous}
 
 CHOICES: dict[str, dict[str, type]] = {
     TaskFamily.__name__: TASKS,

@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 
 from cluster import wire
+from cluster.policies import Work
 from learners.base import Meta, Params, pack, unpack
 
 log = logging.getLogger("metafleet")
@@ -52,6 +53,8 @@ class State:
     counts: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     """What the numbers depend on: learner, execution mode, shapes, the first worker's environment …"""
+    work: Work = field(default_factory=Work)
+    """Which training shards are to be asked for next."""
     evaluation_due: bool = False
     """Whether the validation of this θ was under way, and has to be begun again."""
 
@@ -61,6 +64,7 @@ def encode(state: State) -> bytes:
     payload = wire.encode({
         "iteration": state.iteration, "next_ticket": state.next_ticket, "attempt": state.attempt,
         "best": state.best, "counts": state.counts, "facts": state.facts, "evaluation_due": state.evaluation_due,
+        "work": [state.work.following, *state.work.again],
         "meta": _arrays(pack(*state.meta)), "outer": _arrays(state.outer),
     })  # fmt: skip
     return _HEAD.pack(MAGIC, VERSION, len(payload), hashlib.sha256(payload).digest()) + payload
@@ -79,6 +83,8 @@ def decode(content: bytes, name: str) -> State:
     if hashlib.sha256(payload).digest() != digest:
         raise ValueError(f"{name} is damaged: its checksum does not match")
     fields = msgpack.unpackb(payload, raw=False)
+    following, *again = fields.pop("work", [0])
+    fields["work"] = Work(following, tuple(again))
     return State(meta=unpack(_tensors(fields.pop("meta"))), outer=_tensors(fields.pop("outer")), **fields)
 
 

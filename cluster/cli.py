@@ -261,9 +261,25 @@ def check(words: list[str]) -> None:
         sys.exit(1)
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Re-create the run in DIR from its journal, in this process: every step must end in the recorded bits."""
+
+    dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+
+
+def replay(words: list[str]) -> None:
+    """A run again, from its journal."""
+    from cluster import session
+
+    o = _parsed("replay", Replay, words)
+    console.print(session.replay(o.dir), highlight=False)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "resume": resume, "evaluate": evaluate, "compare": compare, "export": export,
-    "list": list_, "show": show, "check": check, "status": status,
+    "list": list_, "show": show, "check": check, "status": status, "replay": replay,
 }  # fmt: skip
 
 

@@ -133,6 +133,7 @@ class Run:
         for name in ("iterations", "meta_batch", "shard", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 wanted")
+        self.policy.check(self.outer)
         if self.meta_batch % self.shard:
             raise ValueError(f"meta_batch={self.meta_batch} is not a multiple of shard={self.shard}")
         if self.seed < 0:

@@ -34,8 +34,9 @@ class Shards:
 class Round:
     """One verb over some shards; `total()` once `done`."""
 
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
+    def __init__(self, shards: Shards, tolerated: float) -> None:
+        """`tolerated`: how many shards may be rejected before the run stops."""
+        self.shards, self.tolerated = shards, tolerated
         self.tickets: dict[int, int] = {}  # ticket → shard index
         self.tree = Tree(shards.count)
         self.seconds = 0.0
@@ -69,6 +70,7 @@ class Dispatcher:
         self._background: set[int] = set()
         self._suspects: dict[int, bytes] = {}  # ticket → digest of a non-finite first answer
         self._handles: set[int] = set()
+        self._background_last = False
 
     def publish(self, value: Params) -> int:
         """Broadcast `value` to the fleet."""
@@ -81,9 +83,15 @@ class Dispatcher:
         self._handles.discard(handle)
         self.pool.release(handle)
 
-    def start(self, verb: str, at: int, operand: int | None, shards: Shards, *, background: bool = False) -> Round:
+    def idle(self) -> int:
+        """How many more training shards would begin at once; background shards that wait get every other slot."""
+        training, background = self._queues
+        return self.pool.free() - len(training) - int(bool(background) and not self._background_last)
+
+    def start(self, verb: str, at: int, operand: int | None, shards: Shards, *, background: bool = False,
+              tolerated: float | None = None) -> Round:  # fmt: skip
         """Queue a round. Background rounds are submitted only while no other assignment waits."""
-        started = Round(shards)
+        started = Round(shards, self.max_rejected * shards.count if tolerated is None else tolerated)
         for index in range(shards.count):
             first = shards.start + index * shards.size
             ticket, self.ledger.next_ticket = self.ledger.next_ticket, self.ledger.next_ticket + 1
@@ -105,7 +113,8 @@ class Dispatcher:
         if self._interrupted():
             raise KeyboardInterrupt
         while any(self._queues) and self.pool.free() > 0:
-            assignment = (self._queues[0] or self._queues[1]).popleft()
+            self._background_last = not self._queues[0]
+            assignment = self._queues[self._background_last].popleft()
             if assignment.ticket in self._rounds:  # else an earlier attempt was answered after all
                 assignment = replace(assignment, oldest=min(self._handles, default=0))
                 self.ledger.dispatch(assignment)
@@ -185,7 +194,7 @@ class Dispatcher:
         log.warning("tasks %d–%d (%s, %s) give numbers that are not finite; rejected", a.start, a.stop - 1, a.split, a.verb)
         round_.rejected += 1
         round_.tree.reject(round_.tickets[ticket])
-        if round_.rejected > self.max_rejected * round_.shards.count:
+        if round_.rejected > round_.tolerated:
             raise RunStopped(
                 f"{round_.rejected} of {round_.shards.count} shards of {a.verb!r} are not finite (more than {self.max_rejected:.0%}): "
                 "the run diverges; a smaller rate or gradient clipping may help"

@@ -16,14 +16,14 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fi
 
 from cluster import policies, seeds, wire
 from cluster.checkpoint import Checkpointing, Checkpoints, State
-from cluster.dispatch import Dispatcher, RunStopped, Shards
+from cluster.dispatch import Dispatcher, RunStopped
 from cluster.evaluate import Evaluation, Pending
 from cluster.journal import Journal, unfinished
 from cluster.lease import Fenced, Lease
 from cluster.ledger import Ledger
 from cluster.messages import FleetEvent
 from cluster.monitor import Monitor
-from cluster.policies import Policy, Step
+from cluster.policies import Batch, Policy, Step, Work
 from cluster.pool import Pool
 from cluster.report import Report, judge
 from cluster.worker import Recipe, environment, set_up_torch
@@ -57,7 +57,8 @@ class Driver:
         self._hparams, self._interrupted = hparams or {}, interrupted
         self.checkpoints = Checkpoints(self.directory / "checkpoints", self.checkpoint.keep)
         self.iteration = 0
-        self.meta, self.state = self._initial(params)
+        set_up_torch(recipe.threads, recipe.device)
+        self.meta, self.state = initial(recipe, params)
         self.workers: dict[str, str] = {}
         self._best: dict[str, float] = {}
         self._facts = identity(recipe, self.meta, meta_batch, shard)
@@ -79,6 +80,7 @@ class Driver:
                 while self.iteration < self.iterations:
                     self.iterate()
                 self._collect(wait=True)
+                self.dispatcher.abandon()  # what an asynchronous policy still has under way
                 self._save_last()
                 self._finish()
             except (KeyboardInterrupt, RunStopped) as stop:
@@ -93,9 +95,7 @@ class Driver:
 
     def iterate(self) -> None:
         """One meta-iteration."""
-        shards = Shards("train", self.iteration * self.meta_batch, self.meta_batch // self.shard, self.shard)
-        step = self.policy.step(self.recipe.outer, self.meta, self.state, self.dispatcher, shards)
-        self._apply(step)
+        self._apply(self.stepper.step(self.meta, self.state, self.iteration))
         self._collect(wait=False)
         if self.evaluation.validation_tasks and self.iteration % self._every() == 0:
             self._evaluate()
@@ -111,15 +111,6 @@ class Driver:
         except OSError as error:
             log.warning("checkpoint at iteration %d not written (%s); the last good one stays, will try again", self.iteration, error)
 
-    def _initial(self, params: Params) -> tuple[Meta, Params]:
-        set_up_torch(self.recipe.threads, self.recipe.device)
-        cast = getattr(torch, self.recipe.dtype)
-        params = tree.apply(lambda v: v.detach().to("cpu", cast), params)
-        meta = self.recipe.learner.init(params, seeds.generator(self.recipe.seed, "none", 0, "init"))
-        slots = tree.apply(lambda v: v.to("cpu", cast), self.recipe.objective.slots())
-        meta = Meta(meta.params, slots | meta.slots)
-        return meta, self.recipe.outer.init(meta)
-
     def _open(self) -> Callable[[], None]:
         """Restore the newest checkpoint, open journal and monitor; returns what closes them."""
         restored = self.checkpoints.newest()
@@ -130,7 +121,7 @@ class Driver:
         self.journal = Journal(path, lambda: self.lease.check(always=False))
         self.ledger = Ledger(self.journal, max(next_ticket, restored.next_ticket if restored else 0))
         if restored:
-            self.ledger.counts |= restored.counts
+            self.ledger.restore(restored.counts)
         if tickets:  # of an attempt that was killed
             self.journal.write("abandon", tickets=tickets)
         self.journal.write(
@@ -141,6 +132,8 @@ class Driver:
             self.pool, self.ledger, max_attempts=self.policy.max_attempts, max_rejected=self.policy.max_rejected,
             on_event=self._fleet_event, interrupted=self._interrupted,
         )  # fmt: skip
+        batch = Batch(self.meta_batch // self.shard, self.shard)
+        self.stepper = self.policy.begin(self.recipe.outer, self.dispatcher, batch, restored.work if restored else Work())
         self.monitor = Monitor(self.directory, self.iteration, self.iterations)
         if restored and restored.evaluation_due:
             self._evaluate()
@@ -167,7 +160,8 @@ class Driver:
     def _apply(self, step: Step) -> None:
         self.meta, self.state = step.meta, step.state
         self.iteration += 1
-        self.journal.write("apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta))
+        self.journal.write("apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta), **step.record)
+        self.ledger.apply(step.tickets)
         fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {"fleet/workers": float(len(self.workers))}
         waited = {"perf/waiting_s": max(0.0, len(self.workers) * step.metrics["perf/iteration_s"] - step.metrics["perf/compute_s"])}
         self.monitor.scalars(self.iteration, step.metrics | (waited if self.workers else {}) | fleet)
@@ -228,7 +222,7 @@ class Driver:
     def _snapshot(self) -> State:
         return State(
             self.iteration, self.meta, self.state, next_ticket=self.ledger.next_ticket, attempt=self.lease.attempt,
-            best=self._best, counts=dict(self.ledger.counts), facts=self._facts,
+            best=self._best, counts=dict(self.ledger.counts), facts=self._facts, work=self.stepper.work(self.iteration),
         )  # fmt: skip
 
     def _status(self, state: str, *, now: bool = False) -> None:
@@ -253,6 +247,16 @@ class Driver:
             different = [f"{k} {v!r} instead of {wanted.get(k)!r}" for k, v in seen.items() if wanted.get(k) != v]
             if different:
                 raise RunStopped(f"{who} has {', '.join(different)}: results would depend on who computes what (--allow-mixed-fleet)")
+
+
+def initial(recipe: Recipe, params: Params) -> tuple[Meta, Params]:
+    """θ₀ and the outer step's first state, from a model's initial parameters."""
+    cast = getattr(torch, recipe.dtype)
+    params = tree.apply(lambda v: v.detach().to("cpu", cast), params)
+    meta = recipe.learner.init(params, seeds.generator(recipe.seed, "none", 0, "init"))
+    slots = tree.apply(lambda v: v.to("cpu", cast), recipe.objective.slots())
+    meta = Meta(meta.params, slots | meta.slots)
+    return meta, recipe.outer.init(meta)
 
 
 def identity(recipe: Recipe, meta: Meta, meta_batch: int, shard: int) -> dict[str, Any]:

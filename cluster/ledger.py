@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster.journal import Journal
 from cluster.messages import Assignment
 
-COUNTS = ("dispatched", "applied", "rejected", "abandoned", "retried", "duplicates", "corrupted")
+COUNTS = ("dispatched", "applied", "dropped", "rejected", "abandoned", "retried", "duplicates", "corrupted")
 
 
 @dataclass
 class Ledger:
-    """dispatched = applied + rejected + abandoned + open, at any moment; journalled as it happens.
+    """dispatched = applied + dropped + rejected + abandoned + open + held, at any moment; journalled as it happens.
 
-    Tickets of held-out tasks are counted too, but not journalled: they leave no trace in θ.
+    A ticket is open until its answer is there, then held until a step uses it or the policy drops it. Tickets of held-out
+    tasks are counted too, but not journalled: they leave no trace in θ, and are applied as they arrive.
     """
 
     journal: Journal
     next_ticket: int = 0
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     open: dict[int, Assignment] = field(default_factory=dict)
+    held: dict[int, Assignment] = field(default_factory=dict)
+
+    def restore(self, counts: dict[str, int]) -> None:
+        """Go on from a checkpoint's counts; what was open or held then is abandoned."""
+        self.counts |= counts
+        ended = sum(self.counts[k] for k in ("applied", "dropped", "rejected", "abandoned"))
+        self.counts["abandoned"] += self.counts["dispatched"] - ended
 
     def dispatch(self, assignment: Assignment) -> None:
         """A first or a further attempt at a ticket goes out."""
@@ -41,8 +50,22 @@ class Ledger:
 
     def arrive(self, ticket: int) -> None:
         """The answer that counts is here."""
-        del self.open[ticket]
-        self.counts["applied"] += 1
+        assignment = self.open.pop(ticket)
+        self.held[ticket] = assignment
+        if assignment.split != "train":
+            self.apply([ticket])
+
+    def apply(self, tickets: Iterable[int]) -> None:
+        """What these tickets brought is in θ now. The caller journals it, together with what became of θ."""
+        for ticket in tickets:
+            if self.held.pop(ticket, None):  # else rejected: a step may be made of what was left
+                self.counts["applied"] += 1
+
+    def drop(self, ticket: int, reason: str) -> None:
+        """The answer comes too late to be used; its tasks are asked for again."""
+        a = self.held.pop(ticket)
+        self.counts["dropped"] += 1
+        self.journal.write("drop", ticket=ticket, start=a.start, stop=a.stop, reason=reason)
 
     def reject(self, ticket: int, reason: str) -> None:
         """The answer cannot be used; the run goes on without these tasks."""
@@ -51,8 +74,10 @@ class Ledger:
         self.journal.write("reject", ticket=ticket, start=a.start, stop=a.stop, reason=reason)
 
     def abandon(self) -> None:
-        """Give up on everything open: the run stops here, and asks again when it resumes."""
-        if self.open:
-            self.journal.write("abandon", tickets=sorted(self.open))
-        self.counts["abandoned"] += len(self.open)
+        """Give up on everything open or held: the run stops here, and asks again when it resumes."""
+        given_up = sorted(self.open | self.held)
+        if given_up:
+            self.journal.write("abandon", tickets=given_up)
+        self.counts["abandoned"] += len(given_up)
         self.open.clear()
+        self.held.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.dispatch import Dispatcher, Shards
 from learners.base import Meta, Outer, Params, Sum, pack
@@ -18,6 +18,36 @@ class Step:
     state: Params
     metrics: dict[str, float]
     tickets: list[int] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    """What the journal says of it besides."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a policy stands in the endless row of training shards: what a checkpoint must remember of it."""
+
+    following: int = 0
+    """The first shard that was never asked for."""
+    again: tuple[int, ...] = ()
+    """Shards before it that are not in θ."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How training tasks are cut up: `shards` of `size` tasks make a meta-batch."""
+
+    shards: int
+    size: int
+
+
+class Stepper(Protocol):
+    """A policy at work in one run."""
+
+    def step(self, meta: Meta, state: Params, version: int) -> Step:
+        """The step that leads from version to version + 1."""
+
+    def work(self, version: int) -> Work:
+        """What is left to do, θ being at `version`."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +77,11 @@ class Policy(Protocol):
     def max_rejected(self) -> float:
         """Share of a round that may be rejected as not finite before the run stops."""
 
-    def step(self, outer: Outer, meta: Meta, state: Params, dispatcher: Dispatcher, batch: Shards) -> Step:
-        """One step of `outer` over the tasks of `batch`."""
+    def check(self, outer: Outer) -> None:
+        """Raise ValueError for an outer step that it cannot serve."""
+
+    def begin(self, outer: Outer, dispatcher: Dispatcher, batch: Batch, work: Work) -> Stepper:
+        """Set to work, where `work` was left."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +96,36 @@ class Synchronous:
     """Share of a round that may be rejected as not finite before the run stops."""
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1 or not 0 <= self.max_rejected <= 1:
-            raise ValueError(
-                f"max_attempts={self.max_attempts}, max_rejected={self.max_rejected}: at least 1 and a share from 0 to 1 wanted"
-            )
+        check_limits(self.max_attempts, self.max_rejected)
 
-    def step(self, outer: Outer, meta: Meta, state: Params, dispatcher: Dispatcher, batch: Shards) -> Step:
-        """One step of `outer` over the tasks of `batch`."""
+    def check(self, outer: Outer) -> None:
+        """Any number of rounds will do."""
+
+    def begin(self, outer: Outer, dispatcher: Dispatcher, batch: Batch, work: Work) -> Stepper:
+        """Set to work; which shards are due follows from θ's version alone."""
+        return Rounds(outer, dispatcher, batch)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Every step takes the whole of the next meta-batch, in as many rounds as the outer step wants."""
+
+    outer: Outer
+    dispatcher: Dispatcher
+    batch: Batch
+
+    def step(self, meta: Meta, state: Params, version: int) -> Step:
         begin, compute = time.perf_counter(), 0.0
         metrics: dict[str, float] = {}
         tickets: list[int] = []
-        at = dispatcher.publish(pack(*meta))
+        shards = Shards("train", version * self.batch.shards * self.batch.size, self.batch.shards, self.batch.size)
+        dispatcher, at = self.dispatcher, self.dispatcher.publish(pack(*meta))
 
         def reduce(verb: str, operand: Params | None) -> Sum:
             nonlocal compute
             beside = dispatcher.publish(operand) if operand is not None else None
             try:
-                round_ = dispatcher.start(verb, at, beside, batch)
+                round_ = dispatcher.start(verb, at, beside, shards)
                 result = dispatcher.finish(round_)
             finally:
                 if beside is not None:
@@ -87,23 +133,30 @@ class Synchronous:
             compute += round_.seconds
             tickets.extend(round_.tickets)
             metrics[f"perf/{verb}_s"] = metrics.get(f"perf/{verb}_s", 0.0) + round_.seconds
-            metrics.update(_logged(result))
+            metrics.update(logged(result))
             return result
 
         try:
-            meta, state, own = outer.step(meta, state, reduce)
+            meta, state, own = self.outer.step(meta, state, reduce)
         finally:
             dispatcher.release(at)
-        seconds = time.perf_counter() - begin
-        counted = {"tasks": float(batch.count * batch.size)} | {
-            name.removeprefix("count/"): metrics.pop(name) for name in list(metrics) if name.startswith("count/")
-        }
-        metrics |= own | {"perf/iteration_s": seconds, "perf/compute_s": compute}
-        metrics |= {f"perf/{name}_per_s": number / seconds for name, number in counted.items()}
+        metrics |= own | times(metrics, time.perf_counter() - begin, compute, shards.count * shards.size)
         return Step(meta, state, metrics, tickets)
 
+    def work(self, version: int) -> Work:
+        return Work(version * self.batch.shards)
 
-def _logged(result: Sum) -> dict[str, float]:
+
+def check_limits(max_attempts: int, max_rejected: float) -> None:
+    """Raise ValueError for limits that make no sense."""
+    if max_attempts < 1 or not 0 <= max_rejected <= 1:
+        raise ValueError(f"max_attempts={max_attempts}, max_rejected={max_rejected}: at least 1 and a share from 0 to 1 wanted")
+
+
+SUMMED = ("perf/", "count/")
+
+
+def logged(result: Sum) -> dict[str, float]:
     """Means over tasks; sums of what is time (`perf/…`) or is counted (`count/…`)."""
     rows = {name: values.double() for name, values in result.rows.items()}
     return {
@@ -112,6 +165,13 @@ def _logged(result: Sum) -> dict[str, float]:
     }
 
 
-SUMMED = ("perf/", "count/")
+def times(metrics: dict[str, float], seconds: float, compute: float, tasks: int) -> dict[str, float]:
+    """Times of a step, and rates of all that was counted, which leaves `metrics`."""
+    counted = {"tasks": float(tasks)} | {
+        name.removeprefix("count/"): metrics.pop(name) for name in list(metrics) if name.startswith("count/")
+    }
+    rates = {f"perf/{name}_per_s": number / seconds for name, number in counted.items()}
+    return {"perf/iteration_s": seconds, "perf/compute_s": compute} | rates
+
 
 DEFAULT: Policy = Synchronous()

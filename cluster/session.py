@@ -20,10 +20,12 @@ from cluster import assemble, catalog, config, monitor
 from cluster.checkpoint import Checkpoints, State, write_atomically
 from cluster.config import Run
 from cluster.dispatch import Dispatcher
-from cluster.driver import Driver
+from cluster.driver import Driver, digest
 from cluster.journal import Journal
 from cluster.lease import Lease
 from cluster.ledger import Ledger
+from cluster.replay import replay as replayed
+from cluster.replay import steps
 from cluster.report import Results, judge
 from cluster.worker import environment, set_up_torch
 from learners.objectives import NormMode
@@ -144,6 +146,28 @@ def chosen(directory: Path, checkpoint: str) -> State:
     if checkpoint.isdigit():
         return checkpoints.at(int(checkpoint))
     raise ValueError(f"checkpoint={checkpoint!r} is neither newest, best nor the iteration of one that is kept")
+
+
+def replay(directory: Path) -> str:
+    """Re-create a run step by step from its journal; a sentence on how it ended. RuntimeError where the bits differ."""
+    from rich.progress import track
+
+    run = config.load(str(configuration(directory)))
+    run.task.prepare()
+    parts, params = assemble.recipe(run)
+    set_up_torch(run.threads, run.device)
+    applied = steps(directory / "journal")
+    if not applied:
+        raise ValueError(f"{directory} has a journal without a single step")
+    for _, meta in track(replayed(parts, params, run.policy, applied), "replay", len(applied), transient=True):
+        theta = digest(meta)
+    checkpoint = chosen(directory, "newest")
+    same = checkpoint.iteration != len(applied) or digest(checkpoint.meta) == theta
+    if not same:
+        raise RuntimeError(f"the journal ends at θ {theta}, the newest checkpoint holds {digest(checkpoint.meta)}")
+    late = sum(bool(s) for step in applied for s in step.staleness)
+    whole = sum(len(step.shards) for step in applied)
+    return f"OK: {len(applied)} steps of {whole} contributions ({late} of them stale) end in the recorded bits, θ {theta}"
 
 
 def export(directory: Path, out: Path, checkpoint: str) -> list[str]:

@@ -188,6 +188,7 @@ class Outer(Protocol):
         """The next θ and state, and scalars to log."""
 
 
+@runtime_checkable
 class OneRound(Outer, Protocol):
     """An outer step that needs the mean gradient only: what an asynchronous policy accepts."""
 

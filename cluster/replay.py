@@ -1,0 +1,101 @@
+"""Re-creating a run from its journal, in one process: what was applied, in which order, computed at which θ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import journal, wire
+from cluster.aggregate import Tree
+from cluster.asynchronous import Asynchronous, Late
+from cluster.driver import digest, initial
+from cluster.messages import Assignment
+from cluster.policies import Policy
+from cluster.worker import Recipe, Worker
+from learners.base import Meta, OneRound, Params, Sum, pack
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One step of a run, as its journal has it."""
+
+    version: int
+    shards: list[tuple[str, int, int]]
+    """(split, start, stop) of every contribution, in the order of summation."""
+    staleness: list[int]
+    theta: str
+    """Hash of θ after the step."""
+
+
+def steps(path: Path) -> list[Applied]:
+    """The steps that led to a run's θ; those that a crash threw away are left out.
+
+    Raises ValueError for a journal that does not begin with the run, or of steps of several rounds.
+    """
+    found: list[Applied] = []
+    ranges: dict[int, tuple[str, int, int]] = {}
+    rejected: set[int] = set()
+    for record in journal.read(path):
+        if record["kind"] == "attempt":
+            found = found[: record["iteration"]]
+        elif record["kind"] == "dispatch":
+            if record["verb"] != "gradient":
+                raise ValueError(f"{path} is of an outer step of several rounds: replay is for those of one (train again instead)")
+            ranges[record["ticket"]] = (record["split"], record["start"], record["stop"])
+        elif record["kind"] == "reject":
+            rejected.add(record["ticket"])
+        elif record["kind"] == "apply":
+            found.append(_applied(record, ranges, rejected))
+    for expected, step in enumerate(found, 1):
+        if step.version != expected:
+            raise ValueError(f"{path} has step {step.version} where step {expected} is wanted: it does not begin with the run")
+    return found
+
+
+def _applied(record: dict[str, Any], ranges: dict[int, tuple[str, int, int]], rejected: set[int]) -> Applied:
+    tickets = [t for t in record["tickets"] if t not in rejected]
+    staleness = record.get("staleness", [0] * len(tickets))
+    return Applied(record["version"], [ranges[t] for t in tickets], staleness, record["theta"])
+
+
+def replay(recipe: Recipe, params: Params, policy: Policy, applied: list[Applied]) -> Iterator[tuple[int, Meta]]:
+    """(version, θ) after every step, each checked against the journal's hash; RuntimeError where they part."""
+    outer, combine = recipe.outer, policy if isinstance(policy, Asynchronous) else Asynchronous()
+    if not isinstance(outer, OneRound):
+        raise ValueError(f"replay is for outer steps of one round, {type(outer).__name__} takes several")
+    worker = Worker(recipe, "replay")
+    meta, state = initial(recipe, params)
+    oldest_used = _oldest_used(applied)
+    before: dict[int, Params] = {}
+    for step, oldest in zip(applied, oldest_used, strict=True):
+        now = step.version - 1
+        before[now] = pack(*meta)
+        late = [
+            Late(_contribution(worker, before[now - s], now - s, shard, oldest), s, before[now - s])
+            for shard, s in zip(step.shards, step.staleness, strict=True)
+        ]
+        total, factor = combine.combined(late, before[now])
+        meta, state, _ = outer.apply(meta, state, total.mean(), factor)
+        if digest(meta) != step.theta:
+            raise RuntimeError(f"step {step.version} ends at θ {digest(meta)}, the journal has {step.theta}")
+        before = {v: p for v, p in before.items() if v >= oldest}
+        yield step.version, meta
+
+
+def _contribution(worker: Worker, at: Params, version: int, shard: tuple[str, int, int], oldest: int) -> Sum:
+    split, start, stop = shard
+    message = wire.encode_assignment(Assignment(0, 0, "gradient", version, None, split, start, stop, oldest))
+    alone = Tree(1)
+    alone.add(0, wire.decode_sum(*worker.run(message, wire.broadcast(at), None)))
+    return alone.total()
+
+
+def _oldest_used(applied: list[Applied]) -> list[int]:
+    """For each step, the oldest version that it or a later one was computed at."""
+    oldest, found = len(applied), []
+    for step in reversed(applied):
+        oldest = min(oldest, step.version - 1 - max(step.staleness, default=0))
+        found.append(oldest)
+    return found[::-1]

@@ -58,14 +58,21 @@ class Asynchronous:
     """Attempts at a shard before the run stops."""
     max_rejected: float = 0.1
     """Share of the last hundred shards that may be rejected as not finite before the run stops."""
+    quarantine: int = 3
+    """Workers that may die of a shard before it is given up."""
 
     def __post_init__(self) -> None:
-        check_limits(self.max_attempts, self.max_rejected)
+        check_limits(self.max_attempts, self.max_rejected, self.quarantine)
         for name in ("buffer", "in_flight", "max_staleness", "power", "damping", "compensation"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more wanted")
         if self.buffer and self.in_flight and self.in_flight < self.buffer:
             raise ValueError(f"in_flight={self.in_flight} is below buffer={self.buffer}: no step would ever be full")
+
+    @property
+    def backups(self) -> float:
+        """Nobody waits for anybody."""
+        return 0.0
 
     def check(self, outer: Outer) -> None:
         """Raise ValueError for an outer step of several rounds: they must all see one θ."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import deque
+import statistics
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,6 +17,8 @@ from cluster.pool import Pool
 from learners.base import Params, Sum
 
 log = logging.getLogger("metafleet")
+
+MEASURED = 64  # shard times per verb that the median is taken of
 
 
 class RunStopped(RuntimeError):
@@ -59,11 +63,12 @@ class Dispatcher:
     that a worker is broken, and is counted as corruption.
     """
 
-    def __init__(self, pool: Pool, ledger: Ledger, *, max_attempts: int = 5, max_rejected: float = 0.1,
+    def __init__(self, pool: Pool, ledger: Ledger, *, max_attempts: int = 5, max_rejected: float = 0.1, quarantine: int = 3,
+                 backups: float = 0.0,
                  on_event: Callable[[FleetEvent], None] = lambda event: None,
                  interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
         self.pool, self.ledger = pool, ledger
-        self.max_attempts, self.max_rejected = max_attempts, max_rejected
+        self.max_attempts, self.max_rejected, self.quarantine, self.backups = max_attempts, max_rejected, quarantine, backups
         self._on_event, self._interrupted = on_event, interrupted
         self._queues: tuple[deque[Assignment], deque[Assignment]] = (deque(), deque())  # training, background
         self._rounds: dict[int, Round] = {}  # open ticket → its round
@@ -71,6 +76,11 @@ class Dispatcher:
         self._suspects: dict[int, bytes] = {}  # ticket → digest of a non-finite first answer
         self._handles: set[int] = set()
         self._background_last = False
+        self._killed: Counter[int] = Counter()  # ticket → workers that died while at it
+        self._since: dict[int, float] = {}  # ticket → when it first went out
+        self._seconds: dict[str, deque[float]] = {}  # verb → what shards took lately, from going out to their answer
+        self.shares: Counter[str] = Counter()
+        """Answers by worker, since it was last cleared."""
 
     def publish(self, value: Params) -> int:
         """Broadcast `value` to the fleet."""
@@ -118,7 +128,9 @@ class Dispatcher:
             if assignment.ticket in self._rounds:  # else an earlier attempt was answered after all
                 assignment = replace(assignment, oldest=min(self._handles, default=0))
                 self.ledger.dispatch(assignment)
+                self._since.setdefault(assignment.ticket, time.monotonic())
                 self.pool.submit(assignment)
+        self._back_up()
         for event in self.pool.poll(timeout):
             self._handle(event)
 
@@ -130,6 +142,7 @@ class Dispatcher:
         self._rounds.clear()
         self._background.clear()
         self._suspects.clear()
+        self._since.clear()
 
     def _enqueue(self, assignment: Assignment) -> None:
         queue = self._queues[assignment.ticket in self._background]
@@ -149,13 +162,38 @@ class Dispatcher:
 
     def _retry(self, failure: Failure) -> None:
         assignment = self.ledger.open[failure.ticket]
+        where = f"tasks {assignment.start}–{assignment.stop - 1} ({assignment.split}, {assignment.verb})"
+        self._killed[failure.ticket] += failure.running and failure.kind != "error"
+        if self._killed[failure.ticket] >= self.quarantine:
+            self._quarantine(failure, where)
+            return
         if failure.attempt != assignment.attempt:
             return  # a later attempt is under way
-        where = f"tasks {assignment.start}–{assignment.stop - 1} ({assignment.split}, {assignment.verb})"
         if assignment.attempt + 1 >= self.max_attempts:
             raise RunStopped(f"{where} failed {self.max_attempts} times; the last time on {failure.worker}: {failure.reason}")
         log.warning("%s: %s on %s (%s); trying again", where, failure.kind, failure.worker, failure.reason)
         self._enqueue(replace(assignment, attempt=assignment.attempt + 1))
+
+    def _quarantine(self, failure: Failure, where: str) -> None:
+        round_ = self._close(failure.ticket)
+        self.ledger.quarantine(failure.ticket, f"{self.quarantine} workers died of it, the last one {failure.worker}: {failure.reason}")
+        log.error("%s killed %d workers (the last one %s: %s): in quarantine, the run goes on without them",
+                  where, self.quarantine, failure.worker, failure.reason)  # fmt: skip
+        self._go_without(round_, failure.ticket, f"{where} kill workers")
+
+    def _back_up(self) -> None:
+        """Copies of shards that are late, where a worker has nothing to do; the first answer counts."""
+        if not self.backups or any(self._queues):
+            return
+        now = time.monotonic()
+        for ticket, a in list(self.ledger.open.items()):
+            usual = self._seconds.get(a.verb)
+            if self.pool.free() <= 0:
+                return
+            if usual and a.attempt == 0 and a.split == "train" and now - self._since[ticket] > self.backups * statistics.median(usual):
+                copy = replace(a, attempt=1, oldest=min(self._handles, default=0))
+                self.ledger.dispatch(copy)
+                self.pool.submit(copy)
 
     def _judge(self, answer: Contribution) -> None:
         ticket = answer.ticket
@@ -182,6 +220,9 @@ class Dispatcher:
         log.warning("ticket %d gave different answers to the same work; the last worker was %s", answer.ticket, answer.worker)
 
     def _settle(self, answer: Contribution) -> None:
+        verb, begun = self.ledger.open[answer.ticket].verb, self._since[answer.ticket]
+        self._seconds.setdefault(verb, deque(maxlen=MEASURED)).append(time.monotonic() - begun)
+        self.shares[answer.worker] += 1
         round_ = self._close(answer.ticket)
         self.ledger.arrive(answer.ticket)
         round_.seconds += answer.seconds
@@ -192,15 +233,21 @@ class Dispatcher:
         a = self.ledger.open[ticket]
         self.ledger.reject(ticket, "not finite, twice")
         log.warning("tasks %d–%d (%s, %s) give numbers that are not finite; rejected", a.start, a.stop - 1, a.split, a.verb)
+        self._go_without(
+            round_, ticket,
+            f"{round_.rejected + 1} of {round_.shards.count} shards of {a.verb!r} are not finite (more than {self.max_rejected:.0%}): "
+            "the run diverges; a smaller rate or gradient clipping may help",
+        )  # fmt: skip
+
+    def _go_without(self, round_: Round, ticket: int, complaint: str) -> None:
         round_.rejected += 1
         round_.tree.reject(round_.tickets[ticket])
         if round_.rejected > round_.tolerated:
-            raise RunStopped(
-                f"{round_.rejected} of {round_.shards.count} shards of {a.verb!r} are not finite (more than {self.max_rejected:.0%}): "
-                "the run diverges; a smaller rate or gradient clipping may help"
-            )
+            raise RunStopped(complaint)
 
     def _close(self, ticket: int) -> Round:
         self._background.discard(ticket)
         self._suspects.pop(ticket, None)
+        self._since.pop(ticket, None)
+        self._killed.pop(ticket, None)
         return self._rounds.pop(ticket)

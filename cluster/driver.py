@@ -130,6 +130,7 @@ class Driver:
         )  # fmt: skip
         self.dispatcher = Dispatcher(
             self.pool, self.ledger, max_attempts=self.policy.max_attempts, max_rejected=self.policy.max_rejected,
+            quarantine=self.policy.quarantine, backups=self.policy.backups,
             on_event=self._fleet_event, interrupted=self._interrupted,
         )  # fmt: skip
         batch = Batch(self.meta_batch // self.shard, self.shard)
@@ -162,7 +163,12 @@ class Driver:
         self.iteration += 1
         self.journal.write("apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta), **step.record)
         self.ledger.apply(step.tickets)
-        fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {"fleet/workers": float(len(self.workers))}
+        fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {
+            "fleet/workers": float(len(self.workers)), "fleet/open": float(len(self.ledger.open)),
+        }  # fmt: skip
+        answers, shares = sum(self.dispatcher.shares.values()), self.dispatcher.shares
+        fleet |= {f"share/{worker}": n / answers for worker, n in shares.items()}
+        shares.clear()
         waited = {"perf/waiting_s": max(0.0, len(self.workers) * step.metrics["perf/iteration_s"] - step.metrics["perf/compute_s"])}
         self.monitor.scalars(self.iteration, step.metrics | (waited if self.workers else {}) | fleet)
         self._status("running")

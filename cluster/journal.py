@@ -90,7 +90,7 @@ def unfinished(path: Path) -> tuple[list[int], int]:
             following = max(following, record["ticket"] + 1)
         elif record["kind"] in ("apply", "abandon"):
             waiting -= set(record["tickets"])
-        elif record["kind"] in ("reject", "drop"):
+        elif record["kind"] in ("reject", "drop", "quarantine"):
             waiting.discard(record["ticket"])
     return sorted(waiting), following
 

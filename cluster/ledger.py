@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from cluster.journal import Journal
 from cluster.messages import Assignment
 
-COUNTS = ("dispatched", "applied", "dropped", "rejected", "abandoned", "retried", "duplicates", "corrupted")
+COUNTS = ("dispatched", "applied", "dropped", "rejected", "quarantined", "abandoned", "retried", "duplicates", "corrupted")
+ENDS = ("applied", "dropped", "rejected", "quarantined", "abandoned")
 
 
 @dataclass
 class Ledger:
-    """dispatched = applied + dropped + rejected + abandoned + open + held, at any moment; journalled as it happens.
+    """dispatched = applied + dropped + rejected + quarantined + abandoned + open + held, at any moment; journalled as it happens.
 
     A ticket is open until its answer is there, then held until a step uses it or the policy drops it. Tickets of held-out
     tasks are counted too, but not journalled: they leave no trace in θ, and are applied as they arrive.
@@ -28,7 +29,7 @@ class Ledger:
     def restore(self, counts: dict[str, int]) -> None:
         """Go on from a checkpoint's counts; what was open or held then is abandoned."""
         self.counts |= counts
-        ended = sum(self.counts[k] for k in ("applied", "dropped", "rejected", "abandoned"))
+        ended = sum(self.counts[k] for k in ENDS)
         self.counts["abandoned"] += self.counts["dispatched"] - ended
 
     def dispatch(self, assignment: Assignment) -> None:
@@ -72,6 +73,12 @@ class Ledger:
         a = self.open.pop(ticket)
         self.counts["rejected"] += 1
         self.journal.write("reject", ticket=ticket, start=a.start, stop=a.stop, reason=reason)
+
+    def quarantine(self, ticket: int, reason: str) -> None:
+        """These tasks kill workers; nobody is asked for them again."""
+        a = self.open.pop(ticket)
+        self.counts["quarantined"] += 1
+        self.journal.write("quarantine", ticket=ticket, start=a.start, stop=a.stop, reason=reason)
 
     def abandon(self) -> None:
         """Give up on everything open or held: the run stops here, and asks again when it resumes."""

@@ -56,6 +56,8 @@ class Failure:
     worker: str
     kind: Literal["died", "late", "error"]
     reason: str
+    running: bool = True
+    """Whether the worker was at it; otherwise it waited behind another one, which may be to blame."""
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,14 @@ class Policy(Protocol):
     def max_rejected(self) -> float:
         """Share of a round that may be rejected as not finite before the run stops."""
 
+    @property
+    def quarantine(self) -> int:
+        """Workers that may die of a shard before it is given up."""
+
+    @property
+    def backups(self) -> float:
+        """A shard out for this many times its verb's median is given to a second worker that has nothing to do; 0: never."""
+
     def check(self, outer: Outer) -> None:
         """Raise ValueError for an outer step that it cannot serve."""
 
@@ -94,9 +102,16 @@ class Synchronous:
     """Attempts at a shard before the run stops."""
     max_rejected: float = 0.1
     """Share of a round that may be rejected as not finite before the run stops."""
+    quarantine: int = 3
+    """Workers that may die of a shard before it is given up."""
+    backups: float = 0.0
+    """A shard out for this many times its verb's median is given to a second worker that has nothing to do, and the first answer
+    counts; 0: never. Numbers do not change."""
 
     def __post_init__(self) -> None:
-        check_limits(self.max_attempts, self.max_rejected)
+        check_limits(self.max_attempts, self.max_rejected, self.quarantine)
+        if self.backups < 0:
+            raise ValueError(f"backups={self.backups}: 0 or more wanted")
 
     def check(self, outer: Outer) -> None:
         """Any number of rounds will do."""
@@ -147,8 +162,10 @@ class Rounds:
         return Work(version * self.batch.shards)
 
 
-def check_limits(max_attempts: int, max_rejected: float) -> None:
+def check_limits(max_attempts: int, max_rejected: float, quarantine: int) -> None:
     """Raise ValueError for limits that make no sense."""
+    if quarantine < 1:
+        raise ValueError(f"quarantine={quarantine}: at least 1 wanted")
     if max_attempts < 1 or not 0 <= max_rejected <= 1:
         raise ValueError(f"max_attempts={max_attempts}, max_rejected={max_rejected}: at least 1 and a share from 0 to 1 wanted")
 

@@ -243,7 +243,7 @@ class RayPool:
         ray.kill(actor.handle)
         for position, (assignment, _) in enumerate(actor.tickets):
             blamed = kind if position == 0 else "died"  # only the first was running
-            self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, blamed, reason))
+            self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, blamed, reason, position == 0))
         self._events.append(FleetEvent("lost" if actor.ready else "failed", actor.name, actor.where, {"reason": reason}))
         # The first loss is replaced at once; a row of losses, without an answer in between, ever more slowly.
         pause = min(LONGEST_BACKOFF, 0.5 * 2.0 ** (self._losses - 1)) if self._losses else 0.0

@@ -44,7 +44,7 @@ def steps(path: Path) -> list[Applied]:
             if record["verb"] != "gradient":
                 raise ValueError(f"{path} is of an outer step of several rounds: replay is for those of one (train again instead)")
             ranges[record["ticket"]] = (record["split"], record["start"], record["stop"])
-        elif record["kind"] == "reject":
+        elif record["kind"] in ("reject", "quarantine"):
             rejected.add(record["ticket"])
         elif record["kind"] == "apply":
             found.append(_applied(record, ranges, rejected))

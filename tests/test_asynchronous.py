@@ -129,7 +129,7 @@ def test_replay_ends_in_the_same_bits(tmp_path: Path, kind: str) -> None:
 
 def balanced(directory: Path) -> dict[str, int]:
     counts = Checkpoints(directory / "checkpoints").newest().counts
-    assert counts["dispatched"] == counts["applied"] + counts["dropped"] + counts["rejected"] + counts["abandoned"], counts
+    assert counts["dispatched"] == sum(counts[k] for k in ("applied", "dropped", "rejected", "quarantined", "abandoned")), counts
     return counts
 
 
@@ -189,6 +189,23 @@ def test_failures_are_repeated_and_late_duplicates_do_no_harm(tmp_path: Path) ->
     counts = balanced(tmp_path)
     assert counts["retried"] > 0
     assert counts["duplicates"] > 0
+    *_, (_, again) = replay(recipe, start(), policy, steps(tmp_path / "journal"))
+    assert digest(again) == digest(meta)
+
+
+@pytest.mark.parametrize("policy", [Synchronous(max_rejected=0.5), Asynchronous(buffer=3)])
+def test_a_shard_that_kills_three_workers_is_quarantined_and_the_run_goes_on(tmp_path: Path, policy: Policy, caplog) -> None:
+    recipe = quadratic_recipe(outer=SGD)
+
+    def script(answer: Contribution) -> list[Event]:
+        return [Failure(1, answer.attempt, f"w{answer.attempt}", "died", "out of memory")] if answer.ticket == 1 else [answer]
+
+    meta = run(recipe, tmp_path, policy, ScriptedPool(recipe, script), iterations=4)
+    assert balanced(tmp_path)["quarantined"] == 1
+    (record,) = [r for r in journal.read(tmp_path / "journal") if r["kind"] == "quarantine"]
+    assert (record["start"], record["stop"]) == (2, 4)
+    assert "tasks 2–3 (train, gradient) killed 3 workers (the last one w2: out of memory)" in caplog.text
+    assert 2 not in applied_shards(tmp_path)
     *_, (_, again) = replay(recipe, start(), policy, steps(tmp_path / "journal"))
     assert digest(again) == digest(meta)
 

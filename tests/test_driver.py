@@ -60,7 +60,7 @@ def test_randomness_and_slots_belong_to_the_tasks(tmp_path: Path) -> None:
 def test_arrival_order_failures_and_duplicates_do_not_change_a_bit(tmp_path: Path, outer, learner) -> None:
     recipe = quadratic_recipe(outer=outer, learner=learner)
     calm = run(recipe, tmp_path / "calm")
-    wild = run(recipe, tmp_path / "wild", ScriptedPool(recipe, shuffled(3)), policy=Synchronous(max_attempts=50))
+    wild = run(recipe, tmp_path / "wild", ScriptedPool(recipe, shuffled(3)), policy=Synchronous(max_attempts=50, quarantine=50))
     assert digest(calm) == digest(wild)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,9 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cluster.messages import Contribution, Event, Failure
+from cluster import wire
+from cluster.messages import Assignment, Broadcast, Contribution, Event, Failure
 from cluster.pool import LocalPool
-from cluster.worker import Recipe
+from cluster.worker import Recipe, Worker
 from learners import tree
 from learners.base import Data, Learner, Meta, Objective, Params, Reduce, Share, Verb, Verbs, unpack
 from learners.maml import MAML
@@ -30,6 +35,66 @@ class ScriptedPool(LocalPool):
         for event in super().poll(timeout):
             events += self.script(event) if isinstance(event, Contribution) else [event]
         return events
+
+
+class SleepyPool:
+    """Workers in threads of this process that take a given time for every shard, nearly all of it asleep."""
+
+    def __init__(self, recipe: Recipe, seconds: list[float]) -> None:
+        self._values: dict[int, Broadcast] = {}
+        self._last = 0
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._inboxes: list[queue.Queue[tuple[Assignment, Broadcast] | None]] = [queue.Queue() for _ in seconds]
+        self._under_way = [0] * len(seconds)
+        self._asked: dict[int, int] = {}
+        self._threads = [
+            threading.Thread(target=self._work, args=(Worker(recipe, f"w{i}"), inbox, s), daemon=True)
+            for i, (inbox, s) in enumerate(zip(self._inboxes, seconds, strict=True))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def publish(self, value: Params) -> int:
+        self._last += 1
+        self._values[self._last] = wire.broadcast(value)
+        return self._last
+
+    def release(self, handle: int) -> None:
+        del self._values[handle]
+
+    def free(self) -> int:
+        return sum(2 - n for n in self._under_way)
+
+    def submit(self, assignment: Assignment) -> None:
+        able = [i for i, n in enumerate(self._under_way) if n < 2 and self._asked.get(assignment.ticket) != i]
+        chosen = min(able, key=lambda i: self._under_way[i])
+        self._under_way[chosen] += 1
+        self._asked[assignment.ticket] = chosen
+        self._inboxes[chosen].put((assignment, self._values[assignment.at]))
+
+    def poll(self, timeout: float) -> list[Event]:
+        events: list[Event] = []
+        with contextlib.suppress(queue.Empty):
+            events.append(self._events.get(timeout=timeout))
+            while True:
+                events.append(self._events.get_nowait())
+        for event in events:
+            if isinstance(event, Contribution):
+                self._under_way[int(event.worker[1:])] -= 1
+        return events
+
+    def close(self) -> None:
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, worker: Worker, inbox: queue.Queue[tuple[Assignment, Broadcast] | None], seconds: float) -> None:
+        while (job := inbox.get()) is not None:
+            begin = time.perf_counter()
+            answer = wire.decode_sum(*worker.run(wire.encode_assignment(job[0]), job[1], None))
+            time.sleep(max(0.0, seconds - (time.perf_counter() - begin)))
+            self._events.put(answer)
 
 
 def shuffled(seed: int) -> Callable[[Contribution], list[Event]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from cluster.worker import Recipe
 from learners.base import Meta
 from learners.outer import Descent
 from learners.trust_region import TrustRegion
-from tests.fakes import Noisy, ScriptedPool, quadratic_recipe, start
+from tests.fakes import Noisy, ScriptedPool, SleepyPool, quadratic_recipe, start
 from tests.test_driver import non_finite
 
 FEW = Evaluation(every=4, validation_tasks=6, tasks=5, steps=2, pictures=0)
@@ -208,6 +209,24 @@ def test_a_shard_that_kills_three_workers_is_quarantined_and_the_run_goes_on(tmp
     assert 2 not in applied_shards(tmp_path)
     *_, (_, again) = replay(recipe, start(), policy, steps(tmp_path / "journal"))
     assert digest(again) == digest(meta)
+
+
+def test_a_slow_worker_holds_up_neither_backups_nor_the_asynchronous(tmp_path: Path) -> None:
+    """Three workers of 20 ms a shard and one of 200 ms: seconds of ten steps of eight shards, the sum of rates being 155 shards/s."""
+    recipe, took, theta = quadratic_recipe(outer=SGD), {}, {}
+    policies = {"plain": Synchronous(), "backups": Synchronous(backups=3.0), "asynchronous": Asynchronous(max_staleness=100)}
+    for name, policy in policies.items():
+        pool = SleepyPool(recipe, [0.02, 0.02, 0.02, 0.2])
+        driver = Driver(recipe, start(), pool, tmp_path / name, iterations=10, meta_batch=8, shard=1, policy=policy,
+                        evaluation=Evaluation(validation_tasks=0, tasks=8, steps=0, pictures=0))  # fmt: skip
+        begin = time.perf_counter()
+        original = driver._finish
+        driver._finish = lambda name=name, begin=begin, end=original: (took.update({name: time.perf_counter() - begin}), end())  # type: ignore[method-assign]
+        theta[name] = digest(driver.run())
+        pool.close()
+    assert theta["backups"] == theta["plain"]
+    assert took["backups"] < 0.7 * took["plain"]
+    assert took["asynchronous"] < 0.5 * took["plain"]
 
 
 def test_impossible_policies_are_refused() -> None:

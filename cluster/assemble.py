@@ -94,7 +94,7 @@ def pool(run: Run, parts: Recipe) -> Iterator[Pool]:
     else:
         from cluster.ray_pool import RayPool  # importing Ray takes its time; local runs do without
 
-        fleet = RayPool(parts, run.workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
+        fleet = RayPool(parts, run.workers, least=run.min_workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
                         address=run.address, limits=run.policy.deadlines)  # fmt: skip
     try:
         yield fleet

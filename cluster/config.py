@@ -38,8 +38,8 @@ NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""
 
 RESUMABLE = (
-    "iterations", "workers", "pool", "address", "cpus_per_worker", "gpus_per_worker", "allow_mixed_fleet", "checkpoint", "evaluation",
-    "policy.deadlines", "policy.max_attempts",
+    "iterations", "workers", "min_workers", "pool", "address", "cpus_per_worker", "gpus_per_worker", "allow_mixed_fleet", "checkpoint",
+    "evaluation", "policy.deadlines", "policy.max_attempts",
 )  # fmt: skip
 """Keys, and tables of keys, that may change when a run goes on: the fleet, and what looks at θ without moving it."""
 
@@ -109,7 +109,9 @@ class Run:
     pool: Literal["ray", "local"] = "ray"
     """Where tasks run: on Ray actors, or in this process."""
     workers: int = 2
-    """Ray actors."""
+    """Ray actors, at most: those that the cluster has no room for start when it grows."""
+    min_workers: int = 1
+    """With fewer of them the run waits."""
     cpus_per_worker: float = 1.0
     """CPUs that each actor reserves."""
     gpus_per_worker: float = 0.0
@@ -134,6 +136,8 @@ class Run:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 wanted")
         self.policy.check(self.outer)
+        if not 1 <= self.min_workers <= self.workers:
+            raise ValueError(f"min_workers={self.min_workers}: a number from 1 to workers={self.workers} wanted")
         if self.meta_batch % self.shard:
             raise ValueError(f"meta_batch={self.meta_batch} is not a multiple of shard={self.shard}")
         if self.seed < 0:

@@ -79,11 +79,14 @@ class RayPool:
     Ray's own restarts and retries are off: whether work is repeated is the driver's decision.
     """
 
-    def __init__(self, recipe: Recipe, workers: int = 2, *, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
+    def __init__(self, recipe: Recipe, workers: int = 2, *, least: int = 1, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
                  address: str = "local", limits: Deadlines | None = None, variables: dict[str, str] | None = None) -> None:  # fmt: skip
-        """`variables`: environment variables of the workers, where they should differ from the cluster's."""
-        if workers < 1:
-            raise ValueError(f"workers={workers}: at least 1 wanted")
+        """`workers` is as many as there may be: those that the cluster has no room for start when it grows. With fewer than
+        `least` no work is given out. `variables`: environment variables of the workers, where they should differ from the cluster's.
+        """
+        if not 1 <= least <= workers:
+            raise ValueError(f"workers={workers}, of which at least {least}: 1 ≤ least ≤ workers wanted")
+        self._least = least
         self._limits = limits or Deadlines()
         self._started = ray_fleet.join(address, workers * cpus_per_worker, workers * gpus_per_worker)
         options: dict[str, Any] = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
@@ -118,7 +121,8 @@ class RayPool:
         del self._values[handle]
 
     def free(self) -> int:
-        return sum(max(0, IN_FLIGHT - len(a.tickets)) for a in self._actors if a.ready)
+        ready = [a for a in self._actors if a.ready]
+        return sum(max(0, IN_FLIGHT - len(a.tickets)) for a in ready) if len(ready) >= self._least else 0
 
     def submit(self, assignment: Assignment) -> None:
         actor = self._choose(assignment)

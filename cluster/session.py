@@ -119,7 +119,8 @@ def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", ch
         raise ValueError(f"pool={pool!r} is not one of local, ray")
     how = run.evaluation.robustness if eps is None else replace(run.evaluation.robustness, eps=eps)
     evaluation = replace(run.evaluation, tasks=tasks, steps=steps, norms=norms or run.evaluation.norms, robustness=how)
-    run = replace(run, workers=workers or run.workers, evaluation=evaluation)
+    workers = workers or run.workers
+    run = replace(run, workers=workers, min_workers=min(workers, run.min_workers), evaluation=evaluation)
     if inner_lr is not None:
         if not hasattr(run.learner, "inner_lr"):
             raise ValueError(f"inner_lr={inner_lr}: {type(run.learner).__name__} has no such rate to set")

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from cluster import assemble, config, journal
+from cluster.asynchronous import Asynchronous
 from cluster.checkpoint import Checkpoints
 from cluster.driver import Driver, digest
 from cluster.evaluate import Evaluation
+from cluster.ledger import ENDS
 from cluster.policies import Deadlines
 from cluster.pool import LocalPool
+from cluster.replay import replay, steps
 from learners.base import Meta
 from learners.outer import Descent
 from tests.fakes import Newton, Noisy, quadratic_recipe, start
@@ -153,6 +156,36 @@ def test_a_worker_lost_inside_conjugate_gradient_costs_its_episodes_and_no_bit(t
     assert train_control(lambda parts: RayPool(parts, 1), tmp_path / "one") == wanted
     assert train_control(lambda parts: RayPool(parts, 3), tmp_path / "killed", kill) == wanted
     assert killed
+
+
+def test_asynchronous_with_one_batch_in_flight_is_the_synchronous_run(tmp_path: Path, reference: str) -> None:
+    parts, params = assemble.recipe(sinusoid(tmp_path))
+    policy = Asynchronous(buffer=4, in_flight=4)
+    assert digest(train(parts, params, RayPool(parts, 3), tmp_path, policy=policy)) == reference
+
+
+def test_an_asynchronous_run_with_a_worker_killed_is_balanced_and_replays_to_the_same_bits(tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(driver: Driver) -> None:
+        if not killed and driver.iteration >= 8 and len(joined(tmp_path)) == 3:
+            killed.append(joined(tmp_path)[1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    parts, params = assemble.recipe(sinusoid(tmp_path))
+    policy = Asynchronous(buffer=2, compensation=0.05)
+    meta = train(parts, params, RayPool(parts, 3), tmp_path, kill, policy=policy)
+    assert killed
+    found = steps(tmp_path / "journal")
+    assert any(s for step in found for s in step.staleness)
+    *_, (version, again) = replay(parts, params, policy, found)
+    assert version == 30
+    assert digest(again) == digest(meta)
+    counts = Checkpoints(tmp_path / "checkpoints").newest().counts
+    assert counts["dispatched"] == sum(counts[k] for k in ENDS)
+    assert counts["retried"] >= 1
+    shards = [first for step in found for _, first, _ in step.shards]
+    assert len(shards) == len(set(shards)) == 60
 
 
 def gone(pid: int, seconds: float) -> bool:

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from cluster import wire
-from cluster.messages import Contribution, Layout, Vector
+from cluster.messages import Contribution, Elsewhere, Layout, Vector
 from learners.base import Sum
 
-Node: TypeAlias = tuple[Vector, float, bool] | None
+Node: TypeAlias = tuple[Vector | Elsewhere, float, bool] | None
 """Total and weight of a subtree, and whether the total is ours to overwrite; None where all of it was rejected."""
 
 
@@ -20,7 +20,8 @@ class Tree:
     """Σ over shards 0 … n−1, bracketed as a binary tree over shard indices.
 
     Floats are not associative, so the bracketing may not depend on who answered first: node [a, b) of a level is
-    its left half plus its right half, whenever both are there. A rejected shard leaves its half empty.
+    its left half plus its right half, whenever both are there. A rejected shard leaves its half empty. Vectors that are
+    elsewhere are added there, by the same tree: what travels here is the root.
     """
 
     def __init__(self, shards: int) -> None:
@@ -49,7 +50,7 @@ class Tree:
         self._place(index, None)
 
     def total(self) -> Sum:
-        """The sum over all shards. Raises ValueError where every one was rejected."""
+        """The sum over all shards. Raises ValueError where every one was rejected, Lost where one that was elsewhere is gone."""
         if not self.done:
             raise ValueError(f"{self._missing} of {self.shards} shards are missing")
         level = (self.shards - 1).bit_length()
@@ -59,7 +60,8 @@ class Tree:
         vector, weight, _ = root
         order = sorted(self._rows)
         rows = {name: np.concatenate([self._rows[i][name] for i in order]) for name in self._rows[order[0]]}
-        return Sum(wire.unflatten(self.layout, vector), weight, {k: torch.from_numpy(v) for k, v in rows.items()})
+        here = vector if isinstance(vector, np.ndarray) else vector.fetch()
+        return Sum(wire.unflatten(self.layout, here), weight, {k: torch.from_numpy(v) for k, v in rows.items()})
 
     def _place(self, index: int, value: Node) -> None:
         self._missing -= 1
@@ -82,11 +84,19 @@ def _plus(left: Node, right: Node) -> Node:
     """left + right; into left's memory where that is a sum of ours."""
     if left is None or right is None:
         return left or right
-    return np.add(left[0], right[0], out=left[0] if left[2] else None), left[1] + right[1], True
+    a, b, weight = left[0], right[0], left[1] + right[1]
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.add(a, b, out=a if left[2] else None), weight, True
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        raise TypeError("one shard's sum is here and its neighbour's elsewhere")
+    return a.plus(b), weight, True
 
 
 def is_finite(contribution: Contribution) -> bool:
-    """Whether every number of the total is finite."""
+    """Whether every number of the total is finite; the worker's word for it where the total is elsewhere."""
+    vector = contribution.vector
+    if not isinstance(vector, np.ndarray):
+        return contribution.finite
     # A sum is one pass without temporaries; only where it is not finite does the slow test decide.
     with np.errstate(all="ignore"):
-        return bool(np.isfinite(contribution.vector.sum()) or np.isfinite(contribution.vector).all())
+        return bool(np.isfinite(vector.sum()) or np.isfinite(vector).all())

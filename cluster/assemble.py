@@ -37,7 +37,7 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
         tasks=run.task, learner=run.learner, objective=_objective(run, network), outer=run.outer, seed=run.seed,
         evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps,
         robustness=run.evaluation.robustness if run.evaluation.robustness.eps else None, execution=run.execution,
-        chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads,
+        chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads, compression=run.compression,
     )  # fmt: skip
     return parts, network.params()
 
@@ -95,7 +95,7 @@ def pool(run: Run, parts: Recipe) -> Iterator[Pool]:
         from cluster.ray_pool import RayPool  # importing Ray takes its time; local runs do without
 
         fleet = RayPool(parts, run.workers, least=run.min_workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
-                        address=run.address, limits=run.policy.deadlines)  # fmt: skip
+                        address=run.address, sums=run.sums, limits=run.policy.deadlines)  # fmt: skip
     try:
         yield fleet
     finally:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 
 from cluster.dispatch import Dispatcher, Round, RunStopped, Shards
+from cluster.messages import Lost
 from cluster.policies import Batch, Deadlines, Step, Stepper, Work, check_limits, logged, times
 from learners import tree
-from learners.base import Meta, OneRound, Outer, Params, Sum, pack
+from learners.base import GROUP, Meta, OneRound, Outer, Params, Sum, pack
 
 REMEMBERED = 100  # shards over which a share of rejected ones is taken
 
@@ -112,6 +113,8 @@ class _Under:
     shard: int
     version: int
     round: Round
+    total: Sum | None = None
+    """Once it is here."""
 
 
 @dataclass
@@ -128,6 +131,8 @@ class Flow:
     _published: dict[int, tuple[int, Params]] = field(default_factory=dict)
     """version → (handle, θ), of versions that something under way was computed at."""
     _rejected: deque[bool] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    _dropped: Counter[str] = field(default_factory=Counter)
+    """What was sent back, by family of tasks: contributions, or tasks where there are families."""
 
     def __post_init__(self) -> None:
         self._following, self._again = self.begun.following, deque(self.begun.again)
@@ -136,23 +141,26 @@ class Flow:
     def step(self, meta: Meta, state: Params, version: int) -> Step:
         begin, now = time.perf_counter(), pack(*meta)
         self._published[version] = self.dispatcher.publish(now), now
-        dropped = self._drop(version)
+        self._drop(version)
         while len(self._buffer) < self._wanted:
             self._fill(version)
             self.dispatcher.pump(1.0)
             self._harvest(version)
         used = sorted(self._buffer[: self._wanted], key=lambda u: u.shard)
         del self._buffer[: self._wanted]
-        late = [Late(u.round.total(), version - u.version, self._published[u.version][1]) for u in used]
+        late = [Late(u.total, version - u.version, self._published[u.version][1]) for u in used if u.total]
         total, factor = self.policy.combined(late, now)
         meta, state, own = self.outer.apply(meta, state, total.mean(), factor)
         self._forget(version)
-        metrics = logged(total) | own | _staleness(late) | {"async/rate_factor": factor, "async/dropped": float(dropped)}
-        metrics |= {"async/in_flight": float(len(self._way)), "async/waiting": float(len(self._buffer))}
+        staleness = [float(c.staleness) for c in late]
+        metrics = logged(total) | own | {"async/rate_factor": factor, "async/staleness_max": max(staleness)}
+        metrics |= {"async/staleness_mean": sum(staleness) / len(late), "async/in_flight": float(len(self._way))}
+        metrics |= {"async/waiting": float(len(self._buffer))} | {f"fleet/dropped_{k}": float(n) for k, n in self._dropped.items()}
         seconds = sum(u.round.seconds for u in used)
         metrics |= times(metrics, time.perf_counter() - begin, seconds, len(used) * self.batch.size)
         tickets = [t for u in used for t in u.round.tickets]
-        return Step(meta, state, metrics, tickets, {"staleness": [c.staleness for c in late], "factor": factor})
+        record = {"staleness": [c.staleness for c in late], "factor": factor}
+        return Step(meta, state, metrics, tickets, record, {"async/staleness": staleness})
 
     def work(self, version: int) -> Work:
         missing = sorted({u.shard for u in self._way + self._buffer} | set(self._again))
@@ -180,7 +188,7 @@ class Flow:
             self._way.remove(under)
             self._rejected.append(bool(under.round.rejected))
             if not under.round.rejected:
-                self._buffer.append(under)
+                self._take(under)
             elif sum(self._rejected) > max(1.0, self.policy.max_rejected * REMEMBERED):
                 raise RunStopped(
                     f"{sum(self._rejected)} of the last {len(self._rejected)} shards are not finite (more than "
@@ -188,15 +196,28 @@ class Flow:
                 )
         self._drop(version)
 
-    def _drop(self, version: int) -> int:
-        """Send back what is too stale to be used at `version`; how many."""
-        stale = [u for u in self._buffer if version - u.version > self.policy.max_staleness]
-        for under in stale:
+    def _take(self, under: _Under) -> None:
+        """Put into the buffer what has arrived, if it can still be had."""
+        try:
+            under.total = under.round.total()
+        except Lost as error:
+            self._send_back(under, str(error))
+        else:
+            self._buffer.append(under)
+
+    def _drop(self, version: int) -> None:
+        """Send back what is too stale to be used at `version`."""
+        for under in [u for u in self._buffer if version - u.version > self.policy.max_staleness]:
             self._buffer.remove(under)
-            self._again.append(under.shard)
-            for ticket in under.round.tickets:
-                self.dispatcher.ledger.drop(ticket, f"staleness {version - under.version}")
-        return len(stale)
+            self._send_back(under, f"staleness {version - under.version}")
+
+    def _send_back(self, under: _Under, reason: str) -> None:
+        """Ask for a shard again, at a θ to come; its tasks are counted by family."""
+        self._again.append(under.shard)
+        for ticket in under.round.tickets:
+            self.dispatcher.ledger.drop(ticket, reason)
+        families = under.total.rows.get(GROUP) if under.total else None
+        self._dropped.update(["all"] if families is None else [self.batch.families[int(g)] for g in families])
 
     def _forget(self, version: int) -> None:
         """Release versions that nothing under way was computed at."""
@@ -216,10 +237,3 @@ def _plus(left: Sum, right: Sum | None = None) -> Sum:
         return left
     rows = {k: torch.cat([v, right.rows[k]]) for k, v in left.rows.items()}
     return Sum(tree.add(left.total, right.total), left.weight + right.weight, rows)
-
-
-def _staleness(late: Sequence[Late]) -> dict[str, float]:
-    """Mean, largest, and how many contributions there were of each staleness."""
-    each = [c.staleness for c in late]
-    counts = {f"async/staleness_{s}": float(n) for s, n in sorted(Counter(min(s, 8) for s in each).items())}
-    return {"async/staleness_mean": sum(each) / len(each), "async/staleness_max": float(max(each))} | counts

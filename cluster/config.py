@@ -17,6 +17,7 @@ from cluster.catalog import CHOICES
 from cluster.checkpoint import Checkpointing
 from cluster.evaluate import Evaluation
 from cluster.policies import Policy, Synchronous
+from cluster.wire import Compression
 from envs.base import TaskFamily
 from envs.sinusoid import Sinusoid
 from learners.base import Learner, Outer
@@ -39,7 +40,7 @@ NOTES = ("description", "reference", "extends", "environment")
 
 RESUMABLE = (
     "iterations", "workers", "min_workers", "pool", "address", "cpus_per_worker", "gpus_per_worker", "allow_mixed_fleet", "checkpoint",
-    "evaluation", "policy.deadlines", "policy.max_attempts",
+    "evaluation", "sums", "prometheus_port", "policy.deadlines", "policy.max_attempts",
 )  # fmt: skip
 """Keys, and tables of keys, that may change when a run goes on: the fleet, and what looks at θ without moving it."""
 
@@ -128,6 +129,12 @@ class Run:
     """Tasks at a time under vmap; 0: all of a shard."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters and data."""
+    sums: Literal["driver", "fleet"] = "driver"
+    """Who adds contributions up: the driver, or the nodes, by the same tree, so that one sum per round travels to it."""
+    compression: Compression = "none"
+    """Contributions on the wire: as computed, or rounded to bfloat16, half the bytes."""
+    prometheus_port: int = 0
+    """Serve the metrics of the driver here; 0: nowhere."""
     allow_mixed_fleet: bool = False
     """Accept workers whose versions or processors differ: results then depend on who computed what."""
 
@@ -140,6 +147,8 @@ class Run:
             raise ValueError(f"min_workers={self.min_workers}: a number from 1 to workers={self.workers} wanted")
         if self.meta_batch % self.shard:
             raise ValueError(f"meta_batch={self.meta_batch} is not a multiple of shard={self.shard}")
+        if not 0 <= self.prometheus_port < 65536:
+            raise ValueError(f"prometheus_port={self.prometheus_port}: a port from 1 to 65535, or 0, wanted")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: a number from 0 on wanted")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):

@@ -10,9 +10,11 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from cluster.aggregate import Tree, is_finite
 from cluster.ledger import Ledger
-from cluster.messages import Assignment, Contribution, Event, Failure, FleetEvent
+from cluster.messages import Assignment, Contribution, Event, Failure, FleetEvent, Lost
 from cluster.pool import Pool
 from learners.base import Params, Sum
 
@@ -38,12 +40,16 @@ class Shards:
 class Round:
     """One verb over some shards; `total()` once `done`."""
 
-    def __init__(self, shards: Shards, tolerated: float) -> None:
+    def __init__(self, verb: str, at: int, operand: int | None, shards: Shards, tolerated: float) -> None:
         """`tolerated`: how many shards may be rejected before the run stops."""
-        self.shards, self.tolerated = shards, tolerated
-        self.tickets: dict[int, int] = {}  # ticket → shard index
-        self.tree = Tree(shards.count)
+        self.verb, self.at, self.operand, self.shards, self.tolerated = verb, at, operand, shards, tolerated
         self.seconds = 0.0
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin from nothing."""
+        self.tickets: dict[int, int] = {}  # ticket → shard index
+        self.tree = Tree(self.shards.count)
         self.rejected = 0
 
     @property
@@ -51,7 +57,7 @@ class Round:
         return self.tree.done
 
     def total(self) -> Sum:
-        """Σ over the shards."""
+        """Σ over the shards. Raises Lost where a part that stayed elsewhere is gone."""
         return self.tree.total()
 
 
@@ -101,22 +107,45 @@ class Dispatcher:
     def start(self, verb: str, at: int, operand: int | None, shards: Shards, *, background: bool = False,
               tolerated: float | None = None) -> Round:  # fmt: skip
         """Queue a round. Background rounds are submitted only while no other assignment waits."""
-        started = Round(shards, self.max_rejected * shards.count if tolerated is None else tolerated)
+        started = Round(verb, at, operand, shards, self.max_rejected * shards.count if tolerated is None else tolerated)
+        self._ask(started, background)
+        return started
+
+    def _ask(self, round_: Round, background: bool = False) -> None:
+        """Queue all shards of a round."""
+        shards = round_.shards
         for index in range(shards.count):
             first = shards.start + index * shards.size
             ticket, self.ledger.next_ticket = self.ledger.next_ticket, self.ledger.next_ticket + 1
-            started.tickets[ticket] = index
-            self._rounds[ticket] = started
+            round_.tickets[ticket] = index
+            self._rounds[ticket] = round_
             if background:
                 self._background.add(ticket)
-            self._enqueue(Assignment(ticket, 0, verb, at, operand, shards.split, first, first + shards.size, 0))
-        return started
+            self._enqueue(Assignment(ticket, 0, round_.verb, round_.at, round_.operand, shards.split, first, first + shards.size, 0))
+
+    def _repeat(self, round_: Round, reason: str) -> None:
+        """Ask for a whole round again: part of its sum was lost after it had arrived."""
+        log.warning("%r of tasks from %d on: %s; asking for all of them again", round_.verb, round_.shards.start, reason)
+        for ticket in round_.tickets:
+            if ticket in self.ledger.held:
+                self.ledger.drop(ticket, reason)
+        round_.clear()
+        self._ask(round_)
 
     def finish(self, wanted: Round) -> Sum:
         """Work until `wanted` is done. Raises RunStopped where it cannot be, KeyboardInterrupt where asked to stop."""
-        while not wanted.done:
-            self.pump(1.0)
-        return wanted.total()
+        while True:
+            while not wanted.done:
+                self.pump(1.0)
+            try:
+                return wanted.total()
+            except Lost as error:
+                self._repeat(wanted, str(error))
+
+    @property
+    def queued(self) -> int:
+        """Assignments that wait for a free worker."""
+        return sum(map(len, self._queues))
 
     def pump(self, timeout: float) -> None:
         """Submit what the fleet takes, then handle what comes back within `timeout` seconds."""
@@ -202,6 +231,7 @@ class Dispatcher:
                 self._corrupted(answer)
             self._settle(answer)
             return
+        assert isinstance(answer.vector, np.ndarray)  # pools bring it here where it is not finite
         digest = hashlib.sha256(answer.vector.tobytes()).digest()
         if ticket not in self._suspects:
             self._suspects[ticket] = digest

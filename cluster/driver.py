@@ -45,8 +45,11 @@ class Driver:
     def __init__(self, recipe: Recipe, params: Params, pool: Pool, directory: str | Path, *, iterations: int, meta_batch: int,
                  shard: int, policy: Policy = policies.DEFAULT, checkpoint: Checkpointing | None = None,
                  evaluation: Evaluation | None = None, allow_mixed_fleet: bool = False, lease: Lease | None = None,
-                 hparams: dict[str, object] | None = None, interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
-        """`lease`: one on the directory that the caller holds; without it the driver takes its own."""
+                 prometheus_port: int = 0, hparams: dict[str, object] | None = None,
+                 interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
+        """`lease`: one on the directory that the caller holds; without it the driver takes its own. `prometheus_port`: where to
+        serve the metrics; 0: nowhere.
+        """
         if iterations < 0 or shard < 1 or meta_batch < 1 or meta_batch % shard:
             raise ValueError(f"meta_batch={meta_batch} is not a positive multiple of shard={shard}")
         self.recipe, self.pool, self.directory = recipe, pool, Path(directory)
@@ -54,12 +57,13 @@ class Driver:
         self.checkpoint = checkpoint or Checkpointing()
         self.evaluation = evaluation or Evaluation()
         self._allow_mixed_fleet, self._lease = allow_mixed_fleet, lease
-        self._hparams, self._interrupted = hparams or {}, interrupted
+        self._hparams, self._interrupted, self._prometheus_port = hparams or {}, interrupted, prometheus_port
         self.checkpoints = Checkpoints(self.directory / "checkpoints", self.checkpoint.keep)
         self.iteration = 0
         set_up_torch(recipe.threads, recipe.device)
         self.meta, self.state = initial(recipe, params)
         self.workers: dict[str, str] = {}
+        self.nodes: dict[str, str] = {}
         self._best: dict[str, float] = {}
         self._facts = identity(recipe, self.meta, meta_batch, shard)
         self._pending: Pending | None = None
@@ -133,9 +137,9 @@ class Driver:
             quarantine=self.policy.quarantine, backups=self.policy.backups,
             on_event=self._fleet_event, interrupted=self._interrupted,
         )  # fmt: skip
-        batch = Batch(self.meta_batch // self.shard, self.shard)
+        batch = Batch(self.meta_batch // self.shard, self.shard, self.recipe.groups())
         self.stepper = self.policy.begin(self.recipe.outer, self.dispatcher, batch, restored.work if restored else Work())
-        self.monitor = Monitor(self.directory, self.iteration, self.iterations)
+        self.monitor = Monitor(self.directory, self.iteration, self.iterations, prometheus_port=self._prometheus_port)
         if restored and restored.evaluation_due:
             self._evaluate()
         self._status("running", now=True)
@@ -164,13 +168,14 @@ class Driver:
         self.journal.write("apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta), **step.record)
         self.ledger.apply(step.tickets)
         fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {
-            "fleet/workers": float(len(self.workers)), "fleet/open": float(len(self.ledger.open)),
+            "fleet/workers": float(len(self.workers)), "fleet/nodes": float(len(self.nodes)),
+            "fleet/in_flight": float(len(self.ledger.open)), "fleet/queued": float(self.dispatcher.queued),
         }  # fmt: skip
         answers, shares = sum(self.dispatcher.shares.values()), self.dispatcher.shares
         fleet |= {f"share/{worker}": n / answers for worker, n in shares.items()}
         shares.clear()
         waited = {"perf/waiting_s": max(0.0, len(self.workers) * step.metrics["perf/iteration_s"] - step.metrics["perf/compute_s"])}
-        self.monitor.scalars(self.iteration, step.metrics | (waited if self.workers else {}) | fleet)
+        self.monitor.scalars(self.iteration, step.metrics | (waited if self.workers else {}) | fleet, step.samples)
         self._status("running")
 
     def _every(self) -> int:
@@ -232,18 +237,20 @@ class Driver:
         )  # fmt: skip
 
     def _status(self, state: str, *, now: bool = False) -> None:
-        self.monitor.status(state, self.iteration, now=now, attempt=self.lease.attempt, workers=self.workers,
+        self.monitor.status(state, self.iteration, now=now, attempt=self.lease.attempt, workers=self.workers, nodes=self.nodes,
                             counts=self.ledger.counts, best=self._best)  # fmt: skip
 
     def _fleet_event(self, event: FleetEvent) -> None:
         self.journal.write("fleet", event=asdict(event))
-        if event.kind == "joined":
-            self.workers[event.worker] = event.where
-            if not self._allow_mixed_fleet:
-                self._check_equal(event)
+        self.monitor.event(self.iteration, f"{event.kind}: {event.worker} ({event.where}) {event.detail.get('reason', '')}".strip())
+        members = self.nodes if event.kind.startswith("node") else self.workers
+        if event.kind.endswith("joined"):
+            members[event.worker] = event.where
         else:
-            self.workers.pop(event.worker, None)
-            log.warning("worker %s (%s) %s: %s", event.worker, event.where, event.kind, event.detail.get("reason", ""))
+            members.pop(event.worker, None)
+            log.warning("%s %s (%s): %s", event.kind, event.worker, event.where, event.detail.get("reason", ""))
+        if event.kind == "joined" and not self._allow_mixed_fleet:
+            self._check_equal(event)
 
     def _check_equal(self, event: FleetEvent) -> None:
         """Bits depend on versions and processor features: a fleet where they differ must be allowed explicitly."""
@@ -272,6 +279,7 @@ def identity(recipe: Recipe, meta: Meta, meta_batch: int, shard: int) -> dict[st
         "objective": recipe.objective.summary(), "learner": repr(recipe.learner), "outer": repr(recipe.outer),
         "seed": recipe.seed, "dtype": recipe.dtype,
         "meta_batch": meta_batch, "shard": shard, "execution": recipe.execution, "chunk": recipe.chunk, "threads": recipe.threads,
+        "compression": recipe.compression,
         "parameters": {k: list(v.shape) for k, v in pack(*meta).items()},
     }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,20 @@ Vector: TypeAlias = NDArray[np.floating]
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 Broadcast: TypeAlias = tuple[bytes, Vector]
 """What `Pool.publish` sends: an encoded layout and one flat vector."""
+
+
+class Lost(RuntimeError):
+    """A vector that stayed where it was made is gone, with its node."""
+
+
+class Elsewhere(Protocol):
+    """A vector that stayed on the machine that made it. Adding happens there too; only `fetch` brings it here."""
+
+    def plus(self, other: Any) -> Elsewhere:
+        """The sum of both, begun and not waited for."""
+
+    def fetch(self) -> Vector:
+        """The vector. Raises Lost."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +55,12 @@ class Contribution:
     """Time the worker spent on it."""
     weight: float
     layout: Layout
-    vector: Vector
+    vector: Vector | Elsewhere
     """`Sum.total`, flat, in the order of `layout`."""
     rows: dict[str, NDArray[np.floating]]
     """Per-task metrics, [tasks, …]."""
+    finite: bool = True
+    """Whether the worker found every number of the total finite."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +78,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class FleetEvent:
-    """A worker joined, was lost, or could not be started."""
+    """A worker joined, was lost, or could not be started; or a node came or went."""
 
-    kind: Literal["joined", "lost", "failed"]
+    kind: Literal["joined", "lost", "failed", "node joined", "node lost"]
     worker: str
+    """Or the node's id."""
     where: str
-    """Host and process."""
+    """Host and process; a node's address."""
     detail: dict[str, str]
     """The environment of one that joined; the reason why one was lost or failed."""
 

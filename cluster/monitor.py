@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cluster import prometheus
 from cluster.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ PLAIN_EVERY = 10.0  # seconds between log lines where there is no terminal
 class Monitor:
     """Scalars are averaged over windows of `every` iterations, by default a thousand windows a run."""
 
-    def __init__(self, directory: Path, start: int, iterations: int, every: int = 0, console: Console | None = None) -> None:
+    def __init__(self, directory: Path, start: int, iterations: int, every: int = 0, console: Console | None = None,
+                 prometheus_port: int = 0) -> None:  # fmt: skip
         """`start`: the iteration this process begins from; later points of an earlier attempt are taken back."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -47,6 +49,9 @@ class Monitor:
         self._writer = SummaryWriter(str(self.tensorboard), purge_step=start + 1)
         self._events_failed = False
         self._window: dict[str, list[float]] = {}
+        self._samples: dict[str, list[float]] = {}
+        self._now: dict[str, float] = {}
+        self._stop_serving = prometheus.serve(prometheus_port, self._now) if prometheus_port else None
         self._status_at = self._plain_at = 0.0
         self._began, self._start = time.monotonic(), start
         self.last: dict[str, float] = {}
@@ -56,16 +61,23 @@ class Monitor:
             self._task = self._bar.add_task("meta-training", total=iterations, completed=start, note="")
             self._bar.start()
 
-    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Scalars of one iteration."""
+    def scalars(self, iteration: int, values: Mapping[str, float], samples: Mapping[str, list[float]] | None = None) -> None:
+        """Scalars of one iteration, and numbers that a window shows as a histogram."""
+        self._now.update(values)
         for tag, value in values.items():
             self._window.setdefault(tag, []).append(value)
+        for tag, several in (samples or {}).items():
+            self._samples.setdefault(tag, []).extend(several)
         if iteration % self.every == 0 or iteration == self.iterations:
             # Counters are not averaged: their last value is the one that is true.
             means = {tag: v[-1] if tag.startswith("fleet/") else float(np.mean(v)) for tag, v in self._window.items()}
-            self._window.clear()
             self.last |= means
-            self._write(iteration, "train", means)
+            self._write(iteration, "train", means, lists=self._samples)
+            with self._events():
+                for tag, several in self._samples.items():
+                    self._writer.add_histogram(tag, np.asarray(several), iteration)
+            self._window.clear()
+            self._samples.clear()
         self._progress(iteration, values)
 
     def curve(self, iteration: int, split: str, curve: Mapping[str, NDArray[np.float64]]) -> None:
@@ -77,7 +89,8 @@ class Monitor:
             if k < len(values)
         }
         self.last |= flat
-        self._write(iteration, split, flat, {name: [float(v) for v in values] for name, values in curve.items()})
+        self._now.update(flat)
+        self._write(iteration, split, flat, {"curve": {name: [float(v) for v in values] for name, values in curve.items()}})
 
     def values(self, iteration: int, kind: str, values: Mapping[str, float]) -> None:
         """Scalars that come once, not every iteration."""
@@ -107,6 +120,12 @@ class Monitor:
         with self._events():
             self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")
 
+    def event(self, iteration: int, text: str) -> None:
+        """Something that happened to the fleet."""
+        with self._events():
+            self._writer.add_text("fleet", text, iteration)
+        self._line({"iteration": iteration, "kind": "fleet", "time": round(time.time(), 3), "event": text})
+
     def message(self, text: str) -> None:
         """A line for whoever watches."""
         self.console.print(text, highlight=False, soft_wrap=True)
@@ -128,17 +147,19 @@ class Monitor:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+        if self._stop_serving:
+            self._stop_serving()
         self._jsonl.close()
         with self._events():
             self._writer.close()
 
-    def _write(self, iteration: int, kind: str, scalars: Mapping[str, float], curve: Mapping[str, list[float]] | None = None) -> None:
+    def _write(self, iteration: int, kind: str, scalars: Mapping[str, float], lists: Mapping[str, object] | None = None) -> None:
         with self._events():
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, iteration)
-        line: dict[str, object] = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars}
-        if curve:
-            line["curve"] = curve
+        self._line({"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars, **(lists or {})})
+
+    def _line(self, line: Mapping[str, object]) -> None:
         try:
             self._jsonl.write(json.dumps(line).encode() + b"\n")
         except OSError as error:

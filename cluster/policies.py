@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.dispatch import Dispatcher, Shards
-from learners.base import Meta, Outer, Params, Sum, pack
+from learners.base import GROUP, Meta, Outer, Params, Sum, pack
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Step:
     tickets: list[int] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     """What the journal says of it besides."""
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    """Numbers to show as a histogram."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Batch:
 
     shards: int
     size: int
+    families: tuple[str, ...] = ()
+    """Names of the kinds of tasks, where they are told apart."""
 
 
 class Stepper(Protocol):
@@ -175,7 +179,7 @@ SUMMED = ("perf/", "count/")
 
 def logged(result: Sum) -> dict[str, float]:
     """Means over tasks; sums of what is time (`perf/…`) or is counted (`count/…`)."""
-    rows = {name: values.double() for name, values in result.rows.items()}
+    rows = {name: values.double() for name, values in result.rows.items() if name != GROUP}
     return {
         name if name.startswith(SUMMED) else f"train/{name}": float(v.sum() if name.startswith(SUMMED) else v.mean())
         for name, v in rows.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections import OrderedDict, deque
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import ray_fleet, wire
-from cluster.messages import Assignment, Broadcast, Event, Failure, FleetEvent, Vector
+from cluster.messages import Assignment, Broadcast, Contribution, Event, Failure, FleetEvent
 from cluster.policies import Deadlines
+from cluster.ray_fleet import FETCH_SECONDS, Remote, cause
 from cluster.worker import Recipe, Worker, data_files, environment, place
 from envs import store
 from learners.base import Params
@@ -26,8 +28,9 @@ log = logging.getLogger("metafleet")
 IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never waits for the driver
 STICKY = 4  # as many where the worker has run just these tasks before: what it remembers of them saves more than waiting costs
 START_SECONDS = 300.0  # without a single worker ready for this long, the pool gives up
-FETCH_SECONDS = 120.0  # a finished result, or a data file, that has not arrived after this long never will
 LONGEST_BACKOFF = 30.0
+NODES_EVERY = 5.0  # seconds between looks at the cluster's nodes
+RETURNED_INLINE = 100 << 10  # bytes of a result that Ray sends with the answer, not by the object store
 INLINE = 256 << 10  # bytes of a broadcast that is sent with the first call of each worker, not by the object store
 REMEMBERED = 4096
 MEASURED = 64  # shard times per verb that the median is taken of
@@ -48,7 +51,7 @@ class _Actor:
         """Write a data file that the driver sent."""
         store.install(file, lambda path: path.write_bytes(content.tobytes()))
 
-    def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, Vector]:
+    def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, NDArray[Any]]:
         self._worker = self._worker or Worker(self._recipe, self._name)
         return self._worker.run(message, at, operand)
 
@@ -80,9 +83,11 @@ class RayPool:
     """
 
     def __init__(self, recipe: Recipe, workers: int = 2, *, least: int = 1, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
-                 address: str = "local", limits: Deadlines | None = None, variables: dict[str, str] | None = None) -> None:  # fmt: skip
+                 address: str = "local", sums: Literal["driver", "fleet"] = "driver", limits: Deadlines | None = None,
+                 variables: dict[str, str] | None = None) -> None:  # fmt: skip
         """`workers` is as many as there may be: those that the cluster has no room for start when it grows. With fewer than
-        `least` no work is given out. `variables`: environment variables of the workers, where they should differ from the cluster's.
+        `least` no work is given out. With `sums` by the fleet, totals too large for the answer itself stay where they were
+        made and are added there. `variables`: environment variables of the workers, where they should differ from the cluster's.
         """
         if not 1 <= least <= workers:
             raise ValueError(f"workers={workers}, of which at least {least}: 1 ≤ least ≤ workers wanted")
@@ -93,6 +98,9 @@ class RayPool:
         if variables:
             options["runtime_env"] = {"env_vars": variables}
         self._class: Any = ray.remote(**options)(_Actor)
+        self._apart = sums == "fleet"
+        self._nodes: dict[str, str] = {}
+        self._looked = 0.0
         self._wanted = f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
         self._recipe = ray.put(recipe)
         self._files = data_files(recipe.tasks)
@@ -128,7 +136,8 @@ class RayPool:
         actor = self._choose(assignment)
         actor.holds = {h for h in actor.holds if h >= assignment.oldest}
         at, operand = self._unsent(actor, assignment.at), self._unsent(actor, assignment.operand)
-        ref = actor.handle.run.remote(wire.encode_assignment(assignment), at, operand)
+        call = actor.handle.run.options(num_returns=2) if self._apart else actor.handle.run
+        ref = call.remote(wire.encode_assignment(assignment), at, operand)
         if not actor.tickets:
             actor.since = time.monotonic()
         actor.tickets.append((assignment, ref))
@@ -138,9 +147,10 @@ class RayPool:
 
     def poll(self, timeout: float) -> list[Event]:
         self._replace_lost()
+        self._look()
         if any(a.ready for a in self._actors):
             self._ready_at = time.monotonic()
-        refs = [a.hello for a in self._actors if not a.ready] + [ref for a in self._actors for _, ref in a.tickets]
+        refs = [a.hello for a in self._actors if not a.ready] + [_first(ref) for a in self._actors for _, ref in a.tickets]
         if refs and not self._events:
             ray.wait(refs, num_returns=1, timeout=self._patience(timeout))
         elif not refs:
@@ -179,9 +189,9 @@ class RayPool:
             missing = [file for file, version in self._files.items() if theirs.get(file) != version]
             ray.get([actor.handle.install.remote(file, self._file(file)) for file in missing], timeout=FETCH_SECONDS)
         except RayTaskError as error:
-            raise RuntimeError(f"worker {actor.name} could not start: {_cause(error)}") from error
+            raise RuntimeError(f"worker {actor.name} could not start: {cause(error)}") from error
         except RayError as error:
-            self._lose(actor, "died", _cause(error))
+            self._lose(actor, "died", cause(error))
         else:
             actor.ready = True
             self._events.append(FleetEvent("joined", actor.name, actor.where, facts))
@@ -193,23 +203,45 @@ class RayPool:
         return self._sent[file]
 
     def _collect(self, actor: _Remote) -> None:
-        while actor.tickets and ray.wait([actor.tickets[0][1]], timeout=0)[0]:
+        while actor.tickets and ray.wait([_first(actor.tickets[0][1])], timeout=0)[0]:
             assignment, ref = actor.tickets[0]
             try:
-                header, vector = ray.get(ref, timeout=FETCH_SECONDS)
+                answer = self._answer(ref)
             except RayTaskError as error:
                 # Perhaps the work is at fault, perhaps this process or its node: another process will tell.
-                self._lose(actor, "error", _cause(error))
+                self._lose(actor, "error", cause(error))
                 return
             except RayError as error:
-                self._lose(actor, "died", _cause(error))
+                self._lose(actor, "died", cause(error))
                 return
             else:
-                answer = wire.decode_sum(header, vector)
                 self._events.append(answer)
                 self._learn(actor, assignment, answer.seconds)
             actor.tickets.popleft()
             actor.since = time.monotonic()
+
+    def _answer(self, ref: Any) -> Contribution:
+        """The answer of a finished call; where sums are the fleet's, without a vector that is large and finite."""
+        if not self._apart:
+            return wire.decode_sum(*ray.get(ref, timeout=FETCH_SECONDS))
+        header, vector = ray.get(ref[0], timeout=FETCH_SECONDS), ref[1]
+        answer = wire.decode_sum(header, Remote(vector))
+        numbers = sum(math.prod(shape) for _, shape in answer.layout)
+        if answer.finite and 2 * numbers > RETURNED_INLINE:
+            return answer
+        return wire.decode_sum(header, ray.get(vector, timeout=FETCH_SECONDS))
+
+    def _look(self) -> None:
+        """Tell of nodes that came or went."""
+        if time.monotonic() - self._looked < NODES_EVERY:
+            return
+        self._looked = time.monotonic()
+        now = ray_fleet.nodes()
+        for node, address in now.items() - self._nodes.items():
+            self._events.append(FleetEvent("node joined", node[:8], address, {}))
+        for node, address in self._nodes.items() - now.items():
+            self._events.append(FleetEvent("node lost", node[:8], address, {"reason": "Ray no longer counts it"}))
+        self._nodes = now
 
     def _learn(self, actor: _Remote, assignment: Assignment, seconds: float) -> None:
         if assignment.verb in actor.known:
@@ -226,7 +258,7 @@ class RayPool:
             if actor.tickets and now - actor.since > self._deadline(actor):
                 allowed = self._deadline(actor)
                 # Finished while we looked elsewhere? Then it is not late.
-                if not ray.wait([actor.tickets[0][1]], timeout=0)[0]:
+                if not ray.wait([_first(actor.tickets[0][1])], timeout=0)[0]:
                     self._lose(actor, "late", f"no answer for {allowed:.1f} s")
 
     def _deadline(self, actor: _Remote) -> float:
@@ -280,10 +312,6 @@ class RayPool:
         return min(ready, key=lambda a: len(a.tickets))
 
 
-def _cause(error: Exception) -> str:
-    """The last line of a remote traceback: what went wrong, in one sentence."""
-    cause = getattr(error, "cause", None)
-    if cause is not None:
-        return f"{type(cause).__name__}: {cause}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _first(ref: Any) -> Any:
+    """What to wait for: all returns of a call come at once."""
+    return ref[0] if isinstance(ref, list) else ref

@@ -65,7 +65,7 @@ def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = F
                 Driver(
                     parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
                     policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation, lease=lease,
-                    allow_mixed_fleet=run.allow_mixed_fleet, interrupted=lambda: bool(received),
+                    allow_mixed_fleet=run.allow_mixed_fleet, prometheus_port=run.prometheus_port, interrupted=lambda: bool(received),
                     hparams=config.flat(config.to_table(run)),
                 ).run()  # fmt: skip
     except KeyboardInterrupt:
@@ -200,6 +200,7 @@ def status(directory: Path) -> Table:
         "driver": f"process {content['pid']} on {content['host']}, attempt {content['attempt']}",
         "updated": f"{age:.0f} s ago",
         "workers": ", ".join(f"{name} ({where})" for name, where in content["workers"].items()),
+        "nodes": ", ".join(content["nodes"].values()),
         "tickets": ", ".join(f"{v} {k}" for k, v in content["counts"].items() if v),
         "best on validation": ", ".join(f"{k} {v:g}" for k, v in content["best"].items()),
     }

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import msgpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.messages import Assignment, Broadcast, Contribution, Layout, Vector
+from cluster.messages import Assignment, Broadcast, Contribution, Elsewhere, Layout, Vector
 from learners import kernels
 from learners.base import Params, Sum
 
 LARGEST_HEADER = 64 << 20  # bytes
 DTYPES = ("<f4", "<f8", "<i8")
+Compression: TypeAlias = Literal["none", "bfloat16"]
 
 
 def flatten(params: Params) -> tuple[Layout, Vector]:
@@ -79,9 +80,26 @@ def decode_assignment(message: bytes) -> Assignment:
     return Assignment(**decode(message))
 
 
-def encode_sum(assignment: Assignment, worker: str, seconds: float, result: Sum) -> tuple[bytes, Vector]:
-    """A worker's answer."""
+def compressed(vector: Vector) -> NDArray[np.uint16]:
+    """Rounded to bfloat16 (nearest, ties to even), as its bits."""
+    bits: NDArray[np.uint16] = torch.from_numpy(vector).to(torch.bfloat16).view(torch.uint16).numpy()
+    return bits
+
+
+def restored(vector: NDArray[Any]) -> Vector:
+    """The numbers of a vector as it travelled."""
+    if vector.dtype != np.uint16:
+        return vector
+    return (vector.astype(np.uint32) << 16).view(np.float32)
+
+
+def encode_sum(
+    assignment: Assignment, worker: str, seconds: float, result: Sum, compression: Compression = "none"
+) -> tuple[bytes, NDArray[Any]]:
+    """A worker's answer. `compression` is of the total; what is kept per task travels as it is."""
     layout, vector = flatten(result.total)
+    with np.errstate(all="ignore"):
+        finite = bool(np.isfinite(vector.sum()) or np.isfinite(vector).all())
     rows = {name: pack_array(np.ascontiguousarray(value.detach().cpu().numpy())) for name, value in result.rows.items()}
     header = {
         "ticket": assignment.ticket,
@@ -91,12 +109,15 @@ def encode_sum(assignment: Assignment, worker: str, seconds: float, result: Sum)
         "weight": result.weight,
         "layout": layout,
         "rows": rows,
+        "finite": finite,
     }
-    return encode(header), vector
+    return encode(header), compressed(vector) if compression == "bfloat16" else vector
 
 
-def decode_sum(header: bytes, vector: Vector) -> Contribution:
+def decode_sum(header: bytes, vector: NDArray[Any] | Elsewhere) -> Contribution:
     """Inverse of `encode_sum`."""
+    if isinstance(vector, np.ndarray):
+        vector = restored(vector)
     fields = decode(header)
     layout = _layout(fields.pop("layout"))
     rows = {str(name): unpack_array(value) for name, value in fields.pop("rows").items()}

@@ -9,13 +9,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cluster import seeds, wire
-from cluster.messages import Assignment, Broadcast, Vector
+from cluster.messages import Assignment, Broadcast
 from envs import store
 from envs.base import Arrays, HasFiles, HasFixedTasks, HasGroups, TaskDistribution
 from learners import kernels, verbs
@@ -29,7 +30,10 @@ REMEMBERED_SHARDS = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run's numbers, but θ: what a worker is made from, pickled once at its start."""
+    """Everything that decides a run's numbers, but θ: what a worker is made from, pickled once at its start.
+
+    `compression` is of contributions on the wire.
+    """
 
     tasks: TaskDistribution
     learner: Learner
@@ -44,6 +48,7 @@ class Recipe:
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
     threads: int = 1
+    compression: wire.Compression = "none"
 
     def summary(self) -> str:
         """One line on what the numbers are of."""
@@ -90,7 +95,7 @@ class Worker:
         self._recorded: dict[tuple[object, int, str, int, int], Data] = {}
         self._fixed: dict[tuple[object, int, str, int, int], list[Fixed]] = {}
 
-    def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, Vector]:
+    def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, NDArray[Any]]:
         """The encoded sum of an encoded assignment; `at` and `operand` are the broadcasts that it names.
 
         One that this worker was sent before may be left out.
@@ -108,7 +113,7 @@ class Worker:
             result = execution.each(self._fixed_at(assignment, verb, theta), beside)
         else:
             result = execution.run(verb.run, theta, beside, self._shard(assignment, verb, theta))
-        return wire.encode_sum(assignment, self.name, time.perf_counter() - begin, result)
+        return wire.encode_sum(assignment, self.name, time.perf_counter() - begin, result, self.recipe.compression)
 
     def _value(self, handle: int, message: Broadcast | None) -> Params:
         if message is not None and handle not in self._values:

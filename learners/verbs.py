@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from envs.base import Arrays
-from learners.base import GROUP, Data, Learner, Objective, Params, Records, Share, Verb, Verbs, pack, unpack
+from learners.base import GROUP, Data, Learner, Metrics, Objective, Params, Records, Share, Verb, Verbs, pack, unpack
 from learners.objectives import Supervised
 from learners.robustness import Robustness
 from learners.robustness import verb as robust
@@ -62,11 +62,10 @@ def _recorded(learner: Learner, objective: RecordingObjective, evaluation_steps:
     def gradient(at: Params, operand: Params, data: Data) -> Share:
         result = learner.gradient(unpack(at), objective, data)
         curve = {f"{name}_step{k}": v for name, values in objective.curve(data).items() for k, v in enumerate(values)}
-        return Share(pack(result.grads, result.slots), _one(at), curve | objective.facts(data) | result.metrics)
+        return Share(pack(result.grads, result.slots), _one(at), curve | objective.facts(data) | result.metrics | _kind(data))
 
     def evaluate(at: Params, operand: Params, data: Data) -> Share:
-        kind = {GROUP: data[GROUP]} if GROUP in data else {}
-        return Share({}, _one(at), objective.curve(data) | kind)
+        return Share({}, _one(at), objective.curve(data) | _kind(data))
 
     return {
         "gradient": Verb(gradient, **of(learner, training_steps(learner), False)),
@@ -77,6 +76,10 @@ def _recorded(learner: Learner, objective: RecordingObjective, evaluation_steps:
 def training_steps(learner: Learner) -> int:
     """Inner steps in meta-training, where the learner has such a field."""
     return int(getattr(learner, "inner_steps", 1))
+
+
+def _kind(data: Data) -> Metrics:
+    return {GROUP: data[GROUP]} if GROUP in data else {}
 
 
 def _one(at: Params) -> torch.Tensor:

@@ -71,7 +71,8 @@ def test_sums_formed_elsewhere_have_the_same_bits_and_one_vector_a_round_travels
     assert digest(meta) == digest(wanted)
     assert fetches.count == 6 * (1 + 3 * isinstance(outer, Newton))
     assert driver.ledger.counts["dropped"] == 5 * lost  # a round of five shards was asked for again each time
-    assert not driver.ledger.open and not driver.ledger.held
+    assert not driver.ledger.open
+    assert not driver.ledger.held
     drops = [r for r in journal.read(tmp_path / "there" / "journal") if r["kind"] == "drop"]
     assert all("node gone" in r["reason"] for r in drops)
 

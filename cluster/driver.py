@@ -213,9 +213,9 @@ class Driver:
 
     def _stop(self, state: str) -> None:
         # An evaluation under way cannot be carried over, but the state it began from can: a few iterations are computed again.
+        self.dispatcher.abandon()
         due = replace(self._pending.state, evaluation_due=True) if self._pending else self._snapshot()
         self._pending = None
-        self.dispatcher.abandon()
         self._status(state, now=True)
         self._save_last(due)
         self.monitor.message(f"checkpoint at iteration {due.iteration} in {self.directory}; `metafleet resume` goes on from there")

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
 
-.PHONY: train test check slow bench lock clean help
+.PHONY: train test check slow chaos fuzz bench lock clean help
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,13 @@ check: $(STAMP)  ## ruff and mypy --strict
 
 slow: $(STAMP)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+chaos: $(STAMP)  ## hundreds of faults upon a run, in both modes (about half an hour)
+	$(BIN)/python -m tests.chaos --faults 110 --policy synchronous
+	$(BIN)/python -m tests.chaos --faults 110 --policy asynchronous
+
+fuzz: $(STAMP)  ## a million mutated inputs to every reader (minutes)
+	$(BIN)/python -m tests.fuzz
 
 bench: $(BENCH_STAMP)  ## every benchmark: ratios, side by side (about half an hour)
 	for b in tests/bench/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

@@ -9,9 +9,12 @@ import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgpack
+from annotated_types import Len
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from cluster import wire
 from cluster.policies import Work
@@ -59,6 +62,22 @@ class State:
     """Whether the validation of this θ was under way, and has to be begun again."""
 
 
+class _Fields(TypedDict):
+    iteration: wire.Natural
+    next_ticket: wire.Natural
+    attempt: wire.Natural
+    best: dict[str, float]
+    counts: dict[str, int]
+    facts: dict[str, Any]
+    evaluation_due: bool
+    work: Annotated[list[wire.Natural], Len(1)]
+    meta: dict[str, wire.Packed]
+    outer: dict[str, wire.Packed]
+
+
+_FIELDS = TypeAdapter(_Fields)
+
+
 def encode(state: State) -> bytes:
     """A state as the bytes of a checkpoint file."""
     payload = wire.encode({
@@ -82,17 +101,21 @@ def decode(content: bytes, name: str) -> State:
         raise ValueError(f"{name} is cut short: {len(payload)} bytes of {length}")
     if hashlib.sha256(payload).digest() != digest:
         raise ValueError(f"{name} is damaged: its checksum does not match")
-    fields = msgpack.unpackb(payload, raw=False)
-    following, *again = fields.pop("work", [0])
-    fields["work"] = Work(following, tuple(again))
-    return State(meta=unpack(_tensors(fields.pop("meta"))), outer=_tensors(fields.pop("outer")), **fields)
+    try:
+        f = _FIELDS.validate_python(msgpack.unpackb(payload, raw=False))
+        meta, outer = unpack(_tensors(f["meta"])), _tensors(f["outer"])
+    except ValueError as error:
+        raise ValueError(f"{name} is not what this program writes: {error}") from error
+    following, *again = f["work"]
+    return State(f["iteration"], meta, outer, f["next_ticket"], f["attempt"], f["best"], f["counts"], f["facts"],
+                 Work(following, tuple(again)), f["evaluation_due"])  # fmt: skip
 
 
 def _arrays(params: Params) -> dict[str, object]:
     return {k: wire.pack_array(v.detach().cpu().contiguous().numpy()) for k, v in params.items()}
 
 
-def _tensors(packed: dict[str, Any]) -> Params:
+def _tensors(packed: dict[str, wire.Packed]) -> Params:
     return {k: wire.owned(wire.unpack_array(v)) for k, v in packed.items()}
 
 

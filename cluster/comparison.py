@@ -89,9 +89,12 @@ def plot(groups: list[Group], out: Path) -> None:
     validated = any(lines for group in groups for lines in group.validation)
     figure = Figure(figsize=(11 if validated else 8, 4.2), layout="constrained")
     left, *rest = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
-    for group in (g for g in groups if measure in g.results[0]["mean"]):
+    for i, group in enumerate(g for g in groups if measure in g.results[0]["mean"]):
         mean, half = group.curve(measure)
-        (line,) = left.plot(mean, label=group.label)
+        if len(mean) == 1:  # it does not adapt
+            line = left.axhline(mean[0], label=group.label, linestyle="--", color=f"C{i}")
+        else:
+            (line,) = left.plot(mean, label=group.label, color=f"C{i}")
         left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.2, color=line.get_color())
         for right, lines in ((right, lines) for right in rest for lines in group.validation):
             points = [(v["iteration"], v["curve"][measure][-1]) for v in lines if measure in v["curve"]]
@@ -100,6 +103,7 @@ def plot(groups: list[Group], out: Path) -> None:
     left.set(xlabel="inner steps", ylabel=f"test {name} (95 % CI)")
     for right in rest:
         right.set(xlabel="meta-iterations", ylabel=f"validation {name}, last inner step")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize="small")
     figure.savefig(out, dpi=110)
 

@@ -9,13 +9,48 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from cluster import wire
 
 log = logging.getLogger("metafleet")
 
 _FRAME = struct.Struct("<III")  # payload length, CRC-32 of the length, CRC-32 of the payload
+
+
+class _Ticket(TypedDict):
+    ticket: wire.Natural
+
+
+class _Tickets(TypedDict):
+    tickets: list[wire.Natural]
+
+
+class _Dispatch(_Ticket):
+    verb: str
+    split: str
+    start: wire.Natural
+    stop: wire.Natural
+
+
+class _Apply(_Tickets):
+    version: wire.Natural
+    theta: str
+    staleness: NotRequired[list[wire.Natural]]
+
+
+class _Attempt(TypedDict):
+    iteration: wire.Natural
+
+
+_KINDS: dict[str, TypeAdapter[Any]] = {
+    "attempt": TypeAdapter(_Attempt), "dispatch": TypeAdapter(_Dispatch), "apply": TypeAdapter(_Apply), "abandon": TypeAdapter(_Tickets),
+    "reject": TypeAdapter(_Ticket), "drop": TypeAdapter(_Ticket), "quarantine": TypeAdapter(_Ticket),
+}  # fmt: skip
+"""What readers rely on in a record, by its kind."""
 
 
 class Journal:
@@ -54,7 +89,9 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Records in order, up to the end or to a record cut off there. Raises ValueError for damage before the end."""
+    """Records in order, up to the end or to a record cut off there. Raises ValueError for damage before the end, and for
+    records that are not ours.
+    """
     content = path.read_bytes()
     end, damaged = _scan(content)
     if damaged:
@@ -100,7 +137,13 @@ def _records(content: bytes, end: int) -> Iterator[dict[str, Any]]:
     while position < end:
         length, _, _ = _FRAME.unpack_from(content, position)
         position += _FRAME.size
-        yield wire.decode(content[position : position + length])
+        record = wire.decode(content[position : position + length])
+        kind = record.get("kind") if isinstance(record, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError(f"the journal's record at byte {position} has no kind")
+        if kind in _KINDS:
+            _KINDS[kind].validate_python(record)
+        yield record
         position += length
 
 

@@ -32,7 +32,7 @@ class Applied:
 def steps(path: Path) -> list[Applied]:
     """The steps that led to a run's θ; those that a crash threw away are left out.
 
-    Raises ValueError for a journal that does not begin with the run, or of steps of several rounds.
+    Raises ValueError for a journal that does not begin with the run, is not whole, or is of steps of several rounds.
     """
     found: list[Applied] = []
     ranges: dict[int, tuple[str, int, int]] = {}
@@ -57,6 +57,8 @@ def steps(path: Path) -> list[Applied]:
 def _applied(record: dict[str, Any], ranges: dict[int, tuple[str, int, int]], rejected: set[int]) -> Applied:
     tickets = [t for t in record["tickets"] if t not in rejected]
     staleness = record.get("staleness", [0] * len(tickets))
+    if len(staleness) != len(tickets) or not ranges.keys() >= set(tickets) or max(staleness, default=0) >= record["version"]:
+        raise ValueError(f"step {record['version']} of the journal names what it does not have: tickets {tickets}, staleness {staleness}")
     return Applied(record["version"], [ranges[t] for t in tickets], staleness, record["theta"])
 
 

@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from cluster.messages import Assignment, Broadcast, Contribution, Elsewhere, Layout, Vector
 from learners import kernels
 from learners.base import Params, Sum
 
 LARGEST_HEADER = 64 << 20  # bytes
+Natural: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 DTYPES = ("<f4", "<f8", "<i8")
 Compression: TypeAlias = Literal["none", "bfloat16"]
+
+
+class Packed(TypedDict):
+    """An array as plain msgpack values."""
+
+    dtype: str
+    shape: list[Natural]
+    data: bytes
+
+
+class _Header(TypedDict):
+    ticket: Natural
+    attempt: Natural
+    worker: str
+    seconds: float
+    weight: float
+    layout: list[tuple[str, list[Natural]]]
+    rows: dict[str, Packed]
+    finite: bool
+
+
+_ASSIGNMENT = TypeAdapter(Assignment)
+_HEADER = TypeAdapter(_Header)
+_LAYOUT = TypeAdapter(list[tuple[str, list[Natural]]])
 
 
 def flatten(params: Params) -> tuple[Layout, Vector]:
@@ -67,7 +94,7 @@ def broadcast(params: Params) -> Broadcast:
 def received(message: Broadcast, device: str = "cpu") -> Params:
     """The parameters of a broadcast."""
     header, vector = message
-    return unflatten(_layout(decode(header)), vector, device)
+    return unflatten(_layout(_LAYOUT.validate_python(decode(header))), vector, device)
 
 
 def encode_assignment(assignment: Assignment) -> bytes:
@@ -76,8 +103,8 @@ def encode_assignment(assignment: Assignment) -> bytes:
 
 
 def decode_assignment(message: bytes) -> Assignment:
-    """Inverse of `encode_assignment`."""
-    return Assignment(**decode(message))
+    """Inverse of `encode_assignment`. Raises ValueError for anything else."""
+    return _ASSIGNMENT.validate_python(decode(message))
 
 
 def compressed(vector: Vector) -> NDArray[np.uint16]:
@@ -115,13 +142,15 @@ def encode_sum(
 
 
 def decode_sum(header: bytes, vector: NDArray[Any] | Elsewhere) -> Contribution:
-    """Inverse of `encode_sum`."""
+    """Inverse of `encode_sum`. Raises ValueError for anything else."""
+    f = _HEADER.validate_python(decode(header))
+    layout = _layout(f["layout"])
     if isinstance(vector, np.ndarray):
-        vector = restored(vector)
-    fields = decode(header)
-    layout = _layout(fields.pop("layout"))
-    rows = {str(name): unpack_array(value) for name, value in fields.pop("rows").items()}
-    return Contribution(layout=layout, vector=vector, rows=rows, **fields)
+        vector, wanted = restored(vector), sum(math.prod(shape) for _, shape in layout)
+        if vector.size != wanted:
+            raise ValueError(f"a vector of {vector.size} numbers does not fit a layout of {wanted}")
+    rows = {name: unpack_array(value) for name, value in f["rows"].items()}
+    return Contribution(f["ticket"], f["attempt"], f["worker"], f["seconds"], f["weight"], layout, vector, rows, f["finite"])
 
 
 def encode(value: object) -> bytes:
@@ -131,18 +160,18 @@ def encode(value: object) -> bytes:
 
 
 def decode(message: bytes) -> Any:
-    """msgpack, refusing oversized messages before anything is allocated."""
+    """msgpack, refusing oversized messages before anything is allocated. Raises ValueError."""
     if len(message) > LARGEST_HEADER:
         raise ValueError(f"a message header of {len(message)} bytes exceeds {LARGEST_HEADER}")
     return msgpack.unpackb(message, raw=False, strict_map_key=True)
 
 
-def pack_array(array: NDArray[Any]) -> dict[str, object]:
+def pack_array(array: NDArray[Any]) -> Packed:
     """An array as plain msgpack values."""
     return {"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()}
 
 
-def unpack_array(packed: dict[str, Any]) -> NDArray[Any]:
+def unpack_array(packed: Packed) -> NDArray[Any]:
     """Inverse of `pack_array`; only numbers of known dtypes, only as many as the shape says."""
     dtype, shape, data = packed["dtype"], tuple(packed["shape"]), packed["data"]
     if dtype not in DTYPES:
@@ -152,5 +181,5 @@ def unpack_array(packed: dict[str, Any]) -> NDArray[Any]:
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _layout(value: Any) -> Layout:
-    return tuple((str(name), tuple(int(n) for n in shape)) for name, shape in value)
+def _layout(value: list[tuple[str, list[int]]]) -> Layout:
+    return tuple((name, tuple(shape)) for name, shape in value)

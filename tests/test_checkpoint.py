@@ -175,13 +175,13 @@ def test_the_journal_drops_a_record_cut_off_by_a_crash_and_goes_on(tmp_path: Pat
     path = tmp_path / "journal"
     book = Journal(path)
     for i in range(3):
-        book.write("apply", version=i)
+        book.write("note", version=i)
     book.close()
     whole = path.read_bytes()
     for cut in range(1, 20):
         path.write_bytes(whole[:-cut])
         book = Journal(path)
-        book.write("apply", version=9)
+        book.write("note", version=9)
         book.close()
         assert [r["version"] for r in journal.read(path)] == [0, 1, 9]
 
@@ -190,7 +190,7 @@ def test_a_journal_with_any_byte_changed_loses_nothing_silently(tmp_path: Path) 
     path = tmp_path / "journal"
     book = Journal(path)
     for i in range(3):
-        book.write("apply", version=i)
+        book.write("note", version=i)
     book.close()
     whole = path.read_bytes()
     last = len(whole) - len(whole) // 3
@@ -212,7 +212,7 @@ def test_a_journal_with_any_byte_changed_loses_nothing_silently(tmp_path: Path) 
 def test_zeros_that_a_power_failure_left_at_the_end_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     book = Journal(path)
-    book.write("apply", version=0)
+    book.write("note", version=0)
     book.close()
     path.write_bytes(path.read_bytes() + bytes(100))
     Journal(path).close()
@@ -224,7 +224,7 @@ def test_a_journal_damaged_in_the_middle_is_set_aside_not_overwritten(tmp_path: 
     path = tmp_path / "journal"
     book = Journal(path)
     for i in range(3):
-        book.write("apply", version=i)
+        book.write("note", version=i)
     book.close()
     damaged = bytearray(path.read_bytes())
     damaged[14] ^= 1

@@ -82,6 +82,8 @@ class RayPool:
     Ray's own restarts and retries are off: whether work is repeated is the driver's decision.
     """
 
+    actor: type = _Actor
+
     def __init__(self, recipe: Recipe, workers: int = 2, *, least: int = 1, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
                  address: str = "local", sums: Literal["driver", "fleet"] = "driver", limits: Deadlines | None = None,
                  variables: dict[str, str] | None = None) -> None:  # fmt: skip
@@ -97,7 +99,7 @@ class RayPool:
         options: dict[str, Any] = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
         if variables:
             options["runtime_env"] = {"env_vars": variables}
-        self._class: Any = ray.remote(**options)(_Actor)
+        self._class: Any = ray.remote(**options)(self.actor)
         self._apart = sums == "fleet"
         self._nodes: dict[str, str] = {}
         self._looked = 0.0

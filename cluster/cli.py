@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.live import Live
 
 T = TypeVar("T")
 
@@ -31,7 +33,8 @@ USAGE = """metafleet — distributed meta-training on Ray
   metafleet list                                                  presets, tasks, models, learners
   metafleet show RUN [--key value ...]                            the resolved configuration as TOML
   metafleet check RUN [--key value ...]                           is the meta-gradient what it claims to be?
-  metafleet status DIR                                            what a run is doing
+  metafleet status DIR [--follow]                                 what a run is doing
+  metafleet replay DIR                                            a run again from its journal, to the same bits
 
 `metafleet COMMAND --help` explains a command and lists every key; `--debug` shows tracebacks.
 Try: metafleet train sinusoid"""
@@ -223,6 +226,8 @@ class Status:
 
     dir: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
+    follow: bool = False
+    """Show it anew every two seconds, until the run ends or Ctrl-C."""
 
 
 def status(words: list[str]) -> None:
@@ -230,7 +235,13 @@ def status(words: list[str]) -> None:
     from cluster import session
 
     o = _parsed("status", Status, words)
-    console.print(session.status(o.dir))
+    if not o.follow:
+        console.print(session.status(o.dir))
+        return
+    with Live(session.status(o.dir), console=console, auto_refresh=False) as live:
+        while session.is_running(o.dir):
+            time.sleep(2.0)
+            live.update(session.status(o.dir), refresh=True)
 
 
 def list_(words: list[str]) -> None:

@@ -211,6 +211,11 @@ def status(directory: Path) -> Table:
     return table
 
 
+def is_running(directory: Path) -> bool:
+    """Whether a run says that it goes on."""
+    return bool(json.loads((directory / "status.json").read_text())["state"] == "running")
+
+
 def listing() -> list[Table]:
     """What there is to choose from."""
     runs = Table(title="presets (metafleet train NAME)", title_justify="left")

@@ -157,8 +157,9 @@ class RayPool:
             ray.wait(refs, num_returns=1, timeout=self._patience(timeout))
         elif not refs:
             time.sleep(min(timeout, 0.05))
+        done = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else set()  # one call, however many actors
         for actor in list(self._actors):
-            self._greet(actor) if not actor.ready else self._collect(actor)
+            self._greet(actor, done) if not actor.ready else self._collect(actor, done)
         self._check_deadlines()
         events = list(self._events)
         self._events.clear()
@@ -178,9 +179,9 @@ class RayPool:
         handle = self._class.remote(self._recipe, name)
         self._actors.append(_Remote(name, handle, handle.hello.remote()))
 
-    def _greet(self, actor: _Remote) -> None:
+    def _greet(self, actor: _Remote, done: set[Any]) -> None:
         """Take in a new actor once it answers, after sending it the data files that its node lacks."""
-        if not ray.wait([actor.hello], timeout=0)[0]:
+        if actor.hello not in done:
             if time.monotonic() - self._ready_at > START_SECONDS:
                 raise TimeoutError(
                     f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}"
@@ -204,8 +205,8 @@ class RayPool:
             self._sent[file] = ray.put(np.frombuffer((store.data_folder() / file).read_bytes(), np.uint8))
         return self._sent[file]
 
-    def _collect(self, actor: _Remote) -> None:
-        while actor.tickets and ray.wait([_first(actor.tickets[0][1])], timeout=0)[0]:
+    def _collect(self, actor: _Remote, done: set[Any]) -> None:
+        while actor.tickets and _first(actor.tickets[0][1]) in done:
             assignment, ref = actor.tickets[0]
             try:
                 answer = self._answer(ref)

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from cluster import seeds
+from cluster import seeds, teachers
 from cluster.config import Run
 from cluster.pool import LocalPool, Pool
+from cluster.teachers import TeacherPool
 from cluster.worker import Recipe
+from envs.data_free import DataFree
 from learners import execution
 from learners.base import Objective, Params
 from learners.control import Control, Rollouts
 from learners.inner import is_plain
 from learners.models import Functional, Gaussian, functional
 from learners.objectives import Supervised
+from learners.purer.objective import DataFree as DataFreeObjective
+from learners.purer.outer import Purer
 from learners.verbs import training_steps
 
 
@@ -33,13 +38,40 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
     if run.execution == "auto":
         raise ValueError("execution='auto' must be resolved first")
     network = model(run)
+    params = network.params()
+    if isinstance(run.task, DataFree):
+        taught_by = teacher_pool(run.task)
+        objective: Objective = _data_free(run, network, taught_by)
+        params = teachers.beginning(taught_by, run.model, params, getattr(run.outer, "start", "random"))
+    else:
+        objective = _objective(run, network)
     parts = Recipe(
-        tasks=run.task, learner=run.learner, objective=_objective(run, network), outer=run.outer, seed=run.seed,
+        tasks=run.task, learner=run.learner, objective=objective, outer=run.outer, seed=run.seed,
         evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps,
         robustness=run.evaluation.robustness if run.evaluation.robustness.eps else None, execution=run.execution,
         chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads, compression=run.compression,
     )  # fmt: skip
-    return parts, network.params()
+    return parts, params
+
+
+def teacher_pool(task: DataFree) -> TeacherPool:
+    """The teachers of a data-free task."""
+    if not task.pools:
+        raise ValueError("task.pools is empty: a folder of teachers wanted (`metafleet teachers` makes one)")
+    return teachers.together([teachers.load(Path(folder).expanduser()) for folder in task.pools])
+
+
+def _data_free(run: Run, network: Functional, pool: TeacherPool) -> Objective:
+    task = run.task
+    assert isinstance(task, DataFree)
+    if pool.shape != task.inputs:
+        raise ValueError(f"the teachers take images of shape {pool.shape}, task.source gives {task.inputs}")
+    if run.execution != "loop":
+        raise ValueError(f"execution={run.execution!r}: teachers differ from each other, so that tasks run in a loop")
+    return DataFreeObjective(
+        network, "cross_entropy", run.objective.norm, run.objective.scale, run.evaluation.norms, run.objective.momentum,
+        pool.teachers, task.per_class, pool.shape,
+    )  # fmt: skip
 
 
 def _objective(run: Run, network: Functional) -> Objective:
@@ -69,10 +101,14 @@ def resolved(run: Run) -> tuple[Run, str]:
     """
     if getattr(run.outer, "horizon", None) == 0:
         run = replace(run, outer=replace(run.outer, horizon=run.iterations))  # type: ignore[type-var]
+    if isinstance(run.task, DataFree):
+        run = _as_taught(run, run.task)
     if run.execution != "auto":
         return run, f"execution = {run.execution}, as the run says"
     if run.task.kind == "control":
         return replace(run, execution="loop"), "execution = loop: a policy's batch is large enough by itself"
+    if isinstance(run.task, DataFree):
+        return replace(run, execution="loop"), "execution = loop: teachers differ from each other"
     task = run.task.sample("train", seeds.generator(run.seed, "train", 0, "task"))
     x = torch.from_numpy(task.get("query_x", task["support_x"]))
     mode, chunk, why = execution.choose(
@@ -84,6 +120,14 @@ def resolved(run: Run) -> tuple[Run, str]:
         compiler=execution.has_compiler(),
     )
     return replace(run, execution=mode, chunk=run.chunk or chunk), why
+
+
+def _as_taught(run: Run, task: DataFree) -> Run:
+    """With what the teachers say of themselves."""
+    found = teacher_pool(task)
+    task = replace(task, teachers=len(found.teachers), teacher_ways=found.ways, mean=found.mean, std=found.std)
+    outer = replace(run.outer, teachers=task.teachers) if isinstance(run.outer, Purer) else run.outer
+    return replace(run, task=task, outer=outer)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cluster.asynchronous import Asynchronous
 from cluster.policies import Policy, Synchronous
 from envs.base import TaskFamily
+from envs.data_free import DataFree
 from envs.glyphs import Glyphs
 from envs.image_folder import ImageFolder
 from envs.images import Episodes, ImageSource
@@ -22,18 +23,25 @@ from learners.meta_curvature import MetaCurvature
 from learners.meta_sgd import MetaSGD
 from learners.models import MLP, Conv4, GaussianMLP, ModelSpec
 from learners.outer import Descent
+from learners.proto_net import ProtoNet
 from learners.proximal import ProMP
+from learners.purer.calibration import DataFreeMAML
+from learners.purer.outer import Purer
 from learners.reptile import Reptile
+from learners.resnet import ResNet
 from learners.trust_region import TrustRegion
 
-TASKS: dict[str, type] = {"sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation, "locomotion": Locomotion}
+TASKS: dict[str, type] = {
+    "sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation, "locomotion": Locomotion, "data_free": DataFree,
+}  # fmt: skip
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
-MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4, "gaussian_mlp": GaussianMLP}
+MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4, "resnet": ResNet, "gaussian_mlp": GaussianMLP}
 LEARNERS: dict[str, type] = {
     "maml": MAML, "maml_plus_plus": MAMLPlusPlus, "meta_sgd": MetaSGD, "meta_curvature": MetaCurvature, "imaml": IMAML,
     "reptile": Reptile, "adml": ADML, "adversarial_querying": AdversarialQuerying,
+    "proto_net": ProtoNet, "data_free_maml": DataFreeMAML,
 }  # fmt: skip
-OUTERS: dict[str, type] = {"descent": Descent, "trust_region": TrustRegion, "promp": ProMP}
+OUTERS: dict[str, type] = {"descent": Descent, "trust_region": TrustRegion, "promp": ProMP, "purer": Purer}
 POLICIES: dict[str, type] = {"synchronous": Synchronous, "asynchronous": Asynchronous}
 
 CHOICES: dict[str, dict[str, type]] = {

@@ -17,6 +17,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ USAGE = """metafleet — distributed meta-training on Ray
   metafleet evaluate DIR [--tasks 600] [--steps 10]               adaptation curve on held-out tasks
   metafleet compare DIR [DIR ...] | RUN                           table and plot across runs; RUN: train its runs first
   metafleet export DIR OUT.safetensors                            θ for use with plain torch
+  metafleet teachers RUN [--dir DIR] [--count 8]                  train (or import) a pool of classifiers for data-free runs
   metafleet list                                                  presets, tasks, models, learners
   metafleet show RUN [--key value ...]                            the resolved configuration as TOML
   metafleet check RUN [--key value ...]                           is the meta-gradient what it claims to be?
@@ -288,9 +290,70 @@ def replay(words: list[str]) -> None:
     console.print(session.replay(o.dir), highlight=False)
 
 
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Options of a pool of teachers, beside the keys of the run whose images and fleet it uses."""
+
+    dir: str = ""
+    """Folder for the pool. Default: teachers/RUN."""
+    count: int = 8
+    """Teachers."""
+    known: int = 5
+    """Classes that each knows."""
+    overlapping: bool = False
+    """Teachers may share classes; otherwise no two do."""
+    architectures: tuple[Literal["conv4", "resnet10", "resnet18"], ...] = ("conv4",)
+    """Taken in turn."""
+    conv_width: int = 32
+    """Channels of Conv4."""
+    resnet_width: int = 64
+    """Channels of a ResNet's first stage."""
+    epochs: int = 60
+    """Passes over a teacher's images."""
+
+
+def teachers(words: list[str]) -> None:
+    """Train a pool of classifiers on the training classes of RUN's images; or import one that a TOML file with [[teacher]] describes."""
+    from cluster import flags, monitor, school, teachers
+    from cluster.catalog import MODELS
+    from learners.purer.schooling import Schooling
+
+    name, rest = flags.leading(words)
+    if teachers.describes(name):
+        folder = Path(_parsed("teachers FILE.toml", Import, rest).dir or f"teachers/{Path(name).stem}")
+        found = [(n, float("nan")) for n in teachers.imported(Path(name), folder)]
+    else:
+        _, o, run = flags.configured("teachers", words, TeacherOptions, teachers_help)
+        folder = Path(o.dir or f"teachers/{Path(name).stem}")
+        specs = {
+            "conv4": MODELS["conv4"](width=o.conv_width, halving="pool", features="flat", norm_scale=True),
+            "resnet10": MODELS["resnet"](10, o.resnet_width), "resnet18": MODELS["resnet"](18, o.resnet_width),
+        }  # fmt: skip
+        monitor.plain_logging()
+        plan = school.Plan(o.count, o.known, o.overlapping, tuple(specs[a] for a in o.architectures), Schooling(epochs=o.epochs))
+        found = school.train(run, plan, folder)
+    table = Table(title=f"{folder}: {len(found)} teachers")
+    for heading in ("teacher", "architecture", "accuracy on images held back"):
+        table.add_column(heading)
+    for i, (architecture, accuracy) in enumerate(found):
+        table.add_row(str(i), architecture, f"{accuracy:.3f}" if accuracy == accuracy else "as imported")
+    console.print(table)
+
+
+teachers_help = teachers.__doc__ or ""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Take over models that a TOML file describes: shape, ways, mean, std, and for each [[teacher]] file and architecture."""
+
+    dir: str = ""
+    """Folder for the pool. Default: teachers/FILE."""
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "resume": resume, "evaluate": evaluate, "compare": compare, "export": export,
-    "list": list_, "show": show, "check": check, "status": status, "replay": replay,
+    "list": list_, "show": show, "check": check, "status": status, "replay": replay, "teachers": teachers,
 }  # fmt: skip
 
 

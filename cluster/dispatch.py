@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.aggregate import Tree, is_finite
-from cluster.ledger import Ledger
+from cluster.ledger import HELD_OUT, Ledger
 from cluster.messages import Assignment, Contribution, Event, Failure, FleetEvent, Lost
 from cluster.pool import Pool
 from learners.base import Params, Sum
@@ -219,7 +219,7 @@ class Dispatcher:
             usual = self._seconds.get(a.verb)
             if self.pool.free() <= 0:
                 return
-            if usual and a.attempt == 0 and a.split == "train" and now - self._since[ticket] > self.backups * statistics.median(usual):
+            if usual and a.attempt == 0 and a.split not in HELD_OUT and now - self._since[ticket] > self.backups * statistics.median(usual):
                 copy = replace(a, attempt=1, oldest=min(self._handles, default=0))
                 self.ledger.dispatch(copy)
                 self.pool.submit(copy)

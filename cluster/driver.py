@@ -28,7 +28,7 @@ from cluster.pool import Pool
 from cluster.report import Report, judge
 from cluster.worker import Recipe, environment, set_up_torch
 from learners import tree
-from learners.base import HasRates, Meta, Params, pack
+from learners.base import HasRates, Meta, Params, Shows, pack
 
 log = logging.getLogger("metafleet")
 
@@ -186,6 +186,9 @@ class Driver:
         self._collect(wait=True)
         if isinstance(self.recipe.learner, HasRates):
             self.monitor.distributions(self.iteration, "rate", self.recipe.learner.rates(self.meta.params))
+        if isinstance(self.recipe.outer, Shows):
+            for name, images in self.recipe.outer.shown(self.state).items():
+                self.monitor.images(self.iteration, name, images)
         self._pending = Pending(self.dispatcher, self._snapshot(), "validation", self.evaluation.validation_tasks, self.shard,
                                 groups=self.recipe.groups())  # fmt: skip
 

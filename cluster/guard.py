@@ -73,7 +73,11 @@ def check(run: Run) -> Verdict:
     errors = {name: abs(got - wanted) / max(abs(wanted), 1e-12) for name, wanted in claims.items()}
     others = "".join(f"; it is {errors[n]:.0e} away from {n}" for n in errors if n != claimed)
     rounds = {name: v.run for name, v in all_verbs.items() if v.record is verb.record}
-    reduction = _reduction(run.outer, meta, lambda name, operand: execution.run(rounds[name], pack(*meta), operand or {}, stacked))
+
+    def reduce(verb: str, operand: Params | None, *, over: tuple[str, int] | None = None) -> Sum:
+        return execution.run(rounds[verb], pack(*meta), operand or {}, stacked)
+
+    reduction = _reduction(run.outer, meta, reduce)
     holds = errors[claimed] < TOLERANCE and reduction == "mean"
     sentence = (
         f"{'OK' if holds else 'WRONG'}: the summed gradient of {type(run.learner).__name__}{how} over {TASKS} tasks "
@@ -176,8 +180,8 @@ def _checkable(learner: Learner) -> tuple[Learner, str]:
 def _reduction(outer: Outer, meta: Meta, reduce: Reduce) -> str:
     """What the step makes of the sums over tasks: the mean if a batch of everything twice moves nothing."""
 
-    def twice(verb: str, operand: Params | None) -> Sum:
-        once = reduce(verb, operand)
+    def twice(verb: str, operand: Params | None, *, over: tuple[str, int] | None = None) -> Sum:
+        once = reduce(verb, operand, over=over)
         return Sum(tree.scale(2.0, once.total), 2 * once.weight, once.rows)
 
     ends = [outer.step(meta, outer.init(meta), ask) for ask in (reduce, twice)]

@@ -88,6 +88,16 @@ class Journal:
         self._file.close()
 
 
+class Unwritten(Journal):
+    """A journal for work that changes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, **fields: Any) -> None:
+        pass
+
+
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Records in order, up to the end or to a record cut off there. Raises ValueError for damage before the end, and for
     records that are not ours.

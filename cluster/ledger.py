@@ -9,6 +9,7 @@ from cluster.journal import Journal
 from cluster.messages import Assignment
 
 COUNTS = ("dispatched", "applied", "dropped", "rejected", "quarantined", "abandoned", "retried", "duplicates", "corrupted")
+HELD_OUT = ("validation", "test")
 ENDS = ("applied", "dropped", "rejected", "quarantined", "abandoned")
 
 
@@ -37,7 +38,7 @@ class Ledger:
         first = assignment.ticket not in self.open
         self.open[assignment.ticket] = assignment
         self.counts["dispatched" if first else "retried"] += 1
-        if assignment.split == "train":
+        if assignment.split not in HELD_OUT:
             a = assignment
             self.journal.write(
                 "dispatch", ticket=a.ticket, attempt=a.attempt, verb=a.verb, at=a.at, split=a.split, start=a.start, stop=a.stop
@@ -53,7 +54,7 @@ class Ledger:
         """The answer that counts is here."""
         assignment = self.open.pop(ticket)
         self.held[ticket] = assignment
-        if assignment.split != "train":
+        if assignment.split in HELD_OUT:
             self.apply([ticket])
 
     def apply(self, tickets: Iterable[int]) -> None:

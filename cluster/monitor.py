@@ -114,6 +114,13 @@ class Monitor:
             summary = Summary(value=[Summary.Value(tag=tag, image=encoded)])
             self._writer._get_file_writer().add_summary(summary, iteration)  # type: ignore[no-untyped-call]
 
+    def images(self, iteration: int, tag: str, images: Tensor) -> None:
+        """Images [n, c, h, w] side by side, each stretched to its own range."""
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        pixels = ((images - low) / (high - low).clamp_min(1e-12)).cpu()
+        with self._events():
+            self._writer.add_images(tag, pixels, iteration)
+
     def hparams(self, config: Mapping[str, object], results: Mapping[str, float]) -> None:
         """The configuration beside the final results, for TensorBoard's HPARAMS page."""
         simple = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in config.items()}

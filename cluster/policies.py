@@ -140,11 +140,12 @@ class Rounds:
         shards = Shards("train", version * self.batch.shards * self.batch.size, self.batch.shards, self.batch.size)
         dispatcher, at = self.dispatcher, self.dispatcher.publish(pack(*meta))
 
-        def reduce(verb: str, operand: Params | None) -> Sum:
+        def reduce(verb: str, operand: Params | None, *, over: tuple[str, int] | None = None) -> Sum:
             nonlocal compute
             beside = dispatcher.publish(operand) if operand is not None else None
+            asked = Shards(over[0], version * over[1], over[1], 1) if over else shards
             try:
-                round_ = dispatcher.start(verb, at, beside, shards)
+                round_ = dispatcher.start(verb, at, beside, asked)
                 result = dispatcher.finish(round_)
             finally:
                 if beside is not None:
@@ -179,7 +180,7 @@ SUMMED = ("perf/", "count/")
 
 def logged(result: Sum) -> dict[str, float]:
     """Means over tasks; sums of what is time (`perf/…`) or is counted (`count/…`)."""
-    rows = {name: values.double() for name, values in result.rows.items() if name != GROUP}
+    rows = {name: values.double() for name, values in result.rows.items() if name != GROUP and values.ndim == 1}
     return {
         name if name.startswith(SUMMED) else f"train/{name}": float(v.sum() if name.startswith(SUMMED) else v.mean())
         for name, v in rows.items()

@@ -7,14 +7,15 @@ import math
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import wire
 from cluster.messages import Lost, Vector
@@ -60,30 +61,90 @@ def nodes() -> dict[str, str]:
     return {n["NodeID"]: n["NodeManagerAddress"] for n in found if n["Alive"]}
 
 
+Bracket: TypeAlias = "int | tuple[Bracket, Bracket]"
+"""How to add: the number of an operand, or two such things."""
+
+
 @dataclass(frozen=True)
 class Remote:
-    """A vector in the object store of the node that made it."""
+    """A sum of vectors in the object stores of the nodes that made them, as the brackets in which they are to be added.
 
-    ref: Any
+    Nothing is added before `fetch`. It has every node add an aligned part of about equal size, and adds these parts itself: what
+    travels to the driver grows with nodes, not with workers, and the brackets are the tree's.
+    """
+
+    refs: tuple[Any, ...]
+    bracket: Bracket = 0
 
     def plus(self, other: Remote) -> Remote:
-        """Added by a task that Ray runs where most of the bytes are."""
-        return Remote(_added().remote(self.ref, other.ref))
+        """Both, in one more pair of brackets."""
+        return Remote(self.refs + other.refs, (self.bracket, _moved(other.bracket, len(self.refs))))
 
     def fetch(self) -> Vector:
-        """The vector. Raises Lost where its node is gone."""
+        """The sum. Raises Lost where a node is gone."""
+        adders = list(_adders().values())
+        parts: list[Any] = []
+
+        def split(bracket: Bracket) -> Bracket:
+            used = _operands(bracket)
+            if isinstance(bracket, tuple) and len(used) > -(-len(self.refs) // len(adders)):
+                return split(bracket[0]), split(bracket[1])
+            if isinstance(bracket, tuple):
+                adder = adders[len(parts) % len(adders)]
+                parts.append(adder.add.remote(_moved(bracket, -used[0]), *(self.refs[i] for i in used)))
+            else:
+                parts.append(self.refs[bracket])
+            return len(parts) - 1
+
         try:
-            return wire.restored(ray.get(self.ref, timeout=FETCH_SECONDS))
+            outer = split(self.bracket)
+            return added(outer, ray.get(parts, timeout=FETCH_SECONDS))
         except (RayError, TimeoutError) as error:
+            _ADDERS.clear()
             raise Lost(f"a sum that stayed on its node is lost ({cause(error)})") from error
 
 
-@cache
-def _added() -> Any:
-    def added(left: NDArray[Any], right: NDArray[Any]) -> Vector:
-        return np.add(wire.restored(left), wire.restored(right))
+def added(bracket: Bracket, operands: Sequence[NDArray[Any]]) -> Vector:
+    """The sum of vectors as they travelled, in these brackets."""
+    if isinstance(bracket, tuple):
+        return np.add(added(bracket[0], operands), added(bracket[1], operands))
+    return wire.restored(operands[bracket])
 
-    return ray.remote(num_cpus=0, max_retries=0)(added)
+
+class _Adder:
+    """Adds on its node."""
+
+    def add(self, bracket: Bracket, *operands: NDArray[Any]) -> Vector:
+        return added(bracket, operands)
+
+
+_ADDERS: dict[str, Any] = {}
+
+
+def _adders() -> dict[str, Any]:
+    """One adder per living node."""
+    living = nodes()
+    for node in _ADDERS.keys() - living.keys():
+        del _ADDERS[node]
+    for node in living.keys() - _ADDERS.keys():
+        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        _ADDERS[node] = ray.remote(num_cpus=0, max_restarts=0)(_Adder).options(scheduling_strategy=there).remote()
+    return _ADDERS
+
+
+def forget() -> None:
+    """Let the adders go."""
+    for adder in _ADDERS.values():
+        ray.kill(adder)
+    _ADDERS.clear()
+
+
+def _operands(bracket: Bracket) -> list[int]:
+    return _operands(bracket[0]) + _operands(bracket[1]) if isinstance(bracket, tuple) else [bracket]
+
+
+def _moved(bracket: Bracket, by: int) -> Bracket:
+    return (_moved(bracket[0], by), _moved(bracket[1], by)) if isinstance(bracket, tuple) else bracket + by
 
 
 def cause(error: Exception) -> str:

@@ -170,6 +170,7 @@ class RayPool:
             ray.kill(actor.handle)
         self._actors.clear()
         self._values.clear()
+        ray_fleet.forget()
         if self._started:
             ray.shutdown()
 
@@ -228,7 +229,7 @@ class RayPool:
         if not self._apart:
             return wire.decode_sum(*ray.get(ref, timeout=FETCH_SECONDS))
         header, vector = ray.get(ref[0], timeout=FETCH_SECONDS), ref[1]
-        answer = wire.decode_sum(header, Remote(vector))
+        answer = wire.decode_sum(header, Remote((vector,)))
         numbers = sum(math.prod(shape) for _, shape in answer.layout)
         if answer.finite and 2 * numbers > RETURNED_INLINE:
             return answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 PURPOSES = ("init", "task", "draw", "rollout")
-SPLITS = ("none", "train", "validation", "test")
+SPLITS = ("none", "train", "validation", "test", "teachers", "adversary")
 
 
 def generator(seed: int, split: str, index: int, purpose: str) -> np.random.Generator:

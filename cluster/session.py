@@ -21,7 +21,7 @@ from cluster.checkpoint import Checkpoints, State, write_atomically
 from cluster.config import Run
 from cluster.dispatch import Dispatcher
 from cluster.driver import Driver, digest
-from cluster.journal import Journal
+from cluster.journal import Unwritten
 from cluster.lease import Lease
 from cluster.ledger import Ledger
 from cluster.replay import replay as replayed
@@ -130,7 +130,7 @@ def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", ch
     run.task.prepare()
     parts, _ = assemble.recipe(run)
     with assemble.pool(run, parts) as fleet:
-        dispatcher = Dispatcher(fleet, Ledger(_Unwritten()), max_attempts=run.policy.max_attempts)
+        dispatcher = Dispatcher(fleet, Ledger(Unwritten()), max_attempts=run.policy.max_attempts)
         return run, judge(parts, dispatcher, state, split, tasks, run.shard)
 
 
@@ -278,13 +278,3 @@ def _like(params: dict[str, Any], given: dict[str, Any], where: str) -> dict[str
     if wrong:
         raise ValueError(f"--init-from {where}: its model has no parameter {wrong[0]} of shape {tuple(params[wrong[0]].shape)}")
     return {k: given[k] for k in params}
-
-
-class _Unwritten(Journal):
-    """A journal for work that changes nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, kind: str, **fields: Any) -> None:
-        pass

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from envs.base import Array, Arrays, Predict, check_split
+from envs.base import SPLITS, Array, Arrays, Predict, check_split
 from envs.store import ImageSet
 
 if TYPE_CHECKING:
@@ -73,8 +73,12 @@ class Episodes:
     def prepare(self) -> None:
         """Decode the source, and check that every split can fill an episode."""
         self.source.prepare()
+        self.check(SPLITS)
+
+    def check(self, splits: tuple[str, ...]) -> None:
+        """Raise ValueError where one of the splits has too few classes or images."""
         images = self.source.load()
-        for split in ("train", "validation", "test"):
+        for split in splits:
             classes = images.classes(split)
             if self.ways > len(classes):
                 raise ValueError(f"ways={self.ways} exceeds the {len(classes)} classes of the {split} split")

@@ -168,14 +168,19 @@ class Verb:
 
 
 Verbs: TypeAlias = Mapping[str, Verb]
-Reduce: TypeAlias = Callable[[str, Params | None], Sum]
+
+
+class Reduce(Protocol):
+    """`reduce(verb, operand)` runs a verb over this meta-iteration's tasks at this θ and returns their sum."""
+
+    def __call__(self, verb: str, operand: Params | None, *, over: tuple[str, int] | None = None) -> Sum:
+        """With `over` = (split, n): over the next n tasks of another split instead, one to a shard."""
 
 
 class Outer(Protocol):
     """One outer step, over as many rounds of `reduce(verb, operand)` as it needs.
 
-    `reduce` runs a verb over this meta-iteration's tasks at this θ and returns their sum. State is a flat
-    Params, so that it can be checkpointed without knowing what it means.
+    State is a flat Params, so that it can be checkpointed without knowing what it means.
     """
 
     def init(self, meta: Meta) -> Params:
@@ -186,6 +191,14 @@ class Outer(Protocol):
 
     def step(self, meta: Meta, state: Params, reduce: Reduce) -> tuple[Meta, Params, dict[str, float]]:
         """The next θ and state, and scalars to log."""
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """An outer step with something to look at in its state."""
+
+    def shown(self, state: Params) -> Params:
+        """Images [n, c, h, w] by name, each to be stretched to its own range."""
 
 
 @runtime_checkable

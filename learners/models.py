@@ -71,14 +71,31 @@ class Functional:
 
     def observe(self, params: Params, x: Tensor, statistics: kernels.Statistics) -> Params:
         """Mean and biased variance of what reaches each BatchNorm layer, under the names of `running()`."""
+        return self.inspect(params, x, statistics)[1]
+
+    def inspect(self, params: Params, x: Tensor, statistics: kernels.Statistics) -> tuple[Tensor, Params]:
+        """Outputs, and what `observe` gives, of one forward pass; both can be differentiated."""
         with self._recording():
-            self(params, x, statistics)
+            y = self(params, x, statistics)
             seen = {name: norm.seen for name, norm in self._norms.items()}
-        return {
+        return y, {
             f"{name}.{key}": value
             for name, pair in seen.items()
             for key, value in zip(("running_mean", "running_var"), pair or (), strict=True)
         }
+
+    def features(self, params: Params, x: Tensor, statistics: kernels.Statistics = kernels.BATCH) -> Tensor:
+        """What reaches the layer named `head`, [n, d]. Raises ValueError for a module without one, or whose head is not linear."""
+        head = dict(self.module.named_modules()).get("head")
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"features are what reaches a linear layer named head; {type(self.module).__name__} has none")
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self(params, x, statistics)
+        finally:
+            hook.remove()
+        return seen[0]
 
     def widest(self, x: Tensor) -> int:
         """Bytes of the largest intermediate result for inputs x."""

@@ -62,7 +62,11 @@ class Supervised:
     def query(self, params: Params, data: Data) -> Tensor:
         if "query_x" not in data or "query_y" not in data:
             raise ValueError(f"a task with query_x and query_y is wanted here, this one has {', '.join(data)}")
-        return self._loss(self.predict(params, data, data["query_x"]), data["query_y"], data)
+        return self.query_loss(self.predict(params, data, data["query_x"]), data)
+
+    def query_loss(self, output: Tensor, data: Data) -> Tensor:
+        """The loss of predictions [n, …] for the query set."""
+        return self._loss(output, data["query_y"], data)
 
     def measure(self, params: Params, data: Data) -> Metrics:
         return {name: value for view in self.views() for name, value in view._scores(params, data).items()}

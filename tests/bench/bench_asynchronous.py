@@ -18,10 +18,10 @@ from cluster.checkpoint import State
 from cluster.dispatch import Dispatcher
 from cluster.driver import Driver
 from cluster.evaluate import Evaluation, Pending
+from cluster.journal import Unwritten
 from cluster.ledger import Ledger
 from cluster.policies import Policy, Synchronous
 from cluster.pool import LocalPool
-from cluster.session import _Unwritten
 from cluster.worker import Recipe
 from learners.base import Meta, Params
 from tests.bench.timing import machine, quiet
@@ -61,7 +61,7 @@ def train(policy: Policy, recipe: Recipe, params: Params, every: int) -> tuple[l
         driver.iterate = iterate  # type: ignore[method-assign]
         driver.run()
         pool.close()
-    judge = Dispatcher(LocalPool(recipe), Ledger(_Unwritten()))
+    judge = Dispatcher(LocalPool(recipe), Ledger(Unwritten()))
     states = [State(0, meta, {}) for _, meta in seen]
     return [t for t, _ in seen], [float(Pending(judge, s, "validation", 100, 100).result().mean["mse"][1]) for s in states]
 

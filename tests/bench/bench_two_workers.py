@@ -16,9 +16,9 @@ import numpy as np
 
 from cluster import assemble, config
 from cluster.dispatch import Dispatcher, Shards
+from cluster.journal import Unwritten
 from cluster.ledger import Ledger
 from cluster.ray_pool import RayPool
-from cluster.session import _Unwritten
 from envs.bodies import BODIES, BodyName, load
 from learners.base import pack
 from tests.bench.timing import machine, quiet
@@ -61,7 +61,7 @@ def two_workers(name: BodyName, backend: str) -> list[float]:
     run = replace(run, task=task, execution="loop", evaluation=replace(run.evaluation, steps=0))
     parts, params = assemble.recipe(run)
     pool = RayPool(parts, 2)
-    dispatcher, speeds = Dispatcher(pool, Ledger(_Unwritten())), []
+    dispatcher, speeds = Dispatcher(pool, Ledger(Unwritten())), []
     for k in range(ROUNDS + 2):
         at = dispatcher.publish(pack(params, {}))
         begin = time.perf_counter()

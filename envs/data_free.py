@@ -1,0 +1,130 @@
+"""Episodes without data: in training, which invented images to take; at test, real episodes of held-out classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.base import Array, Arrays, check_split
+from envs.images import Episodes, ImageSource
+
+TEACHERS, ADVERSARY = "teachers", "adversary"
+"""Rounds of their own: one task per teacher; one fresh episode."""
+
+
+@dataclass(frozen=True)
+class DataFree(Episodes):
+    """N-way K-shot; training episodes are cut from images D that are inverted from a pool of teachers, and no training image is read.
+
+    The classes of an episode are drawn from all classes of all teachers, so that an episode mixes teachers. Real episodes are
+    normalised as the teachers' training images were.
+    """
+
+    pools: tuple[str, ...] = ()
+    """Folders of teachers (`metafleet teachers`), of equal image sizes and numbers of classes."""
+    teachers: int = 0
+    """How many there are; 0: as the folders have it when the run begins."""
+    teacher_ways: int = 0
+    """Classes of each; 0: likewise."""
+    mean: tuple[float, ...] = ()
+    """Per channel, of the teachers' images; empty: likewise."""
+    std: tuple[float, ...] = ()
+    """Per channel."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_shots:
+            raise ValueError(f"train_shots={self.train_shots}: pseudo-episodes have a query set")
+
+    @property
+    def per_class(self) -> int:
+        """Images of D per class: an episode uses all of them, in a random order."""
+        return self.shots + self.queries
+
+    def prepare(self) -> None:
+        """Decode the source, and check that held-out splits can fill an episode."""
+        self.source.prepare()
+        self.check(("validation", "test"))
+
+    def fixed(self, split: str, index: int) -> Arrays | None:
+        """The teacher that a task of the teachers' round is about."""
+        return {"teacher": np.asarray(index % max(1, self.teachers))} if split == TEACHERS else None
+
+    def sample(self, split: str, rng: np.random.Generator) -> Arrays:
+        if split in ("train", ADVERSARY):
+            return self._rows(rng)
+        check_split(split)
+        task = super().sample(split, rng)
+        if not self.mean:
+            return task
+        return task | {k: self._normalised(task[k]) for k in ("support_x", "query_x")}
+
+    def _rows(self, rng: np.random.Generator) -> Arrays:
+        """Which images of D, flattened over teachers, classes and images."""
+        classes = rng.choice(self.teachers * self.teacher_ways, self.ways, replace=False)
+        rows = np.stack([c * self.per_class + rng.permutation(self.per_class) for c in classes])
+        return {"support_rows": rows[:, : self.shots], "query_rows": rows[:, self.shots :]}
+
+    def _normalised(self, x: Array) -> Array:
+        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        return np.asarray((x.astype(np.float32) - mean) / std, np.float32)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What each teacher of a pool is trained on: all images of a few training classes, some of them held back."""
+
+    source: ImageSource
+    teachers: int = 8
+    ways: int = 5
+    overlapping: bool = False
+    """Each teacher draws its classes from all; otherwise no two teachers share one."""
+    held_back: float = 0.2
+    """Share of each class's images that measures accuracy and is not trained on."""
+    seed: int = 0
+    """Of the choice of classes."""
+
+    def __post_init__(self) -> None:
+        if self.teachers < 1 or self.ways < 2 or not 0 < self.held_back < 1:
+            raise ValueError(f"teachers={self.teachers}, ways={self.ways}, held_back={self.held_back}: at least 1, 2 and a share wanted")
+
+    def classes(self) -> list[list[int]]:
+        """Class numbers by teacher."""
+        known, rng = self.source.load().classes("train"), np.random.default_rng([self.seed, self.teachers, self.ways])
+        if self.overlapping:
+            if self.ways > len(known):
+                raise ValueError(f"ways={self.ways} exceeds the {len(known)} training classes")
+            return [sorted(rng.choice(known, self.ways, replace=False).tolist()) for _ in range(self.teachers)]
+        if self.teachers * self.ways > len(known):
+            raise ValueError(
+                f"{self.teachers} teachers of {self.ways} classes exceed the {len(known)} training classes; overlapping ones share"
+            )
+        chosen = rng.choice(known, self.teachers * self.ways, replace=False).tolist()
+        return [sorted(chosen[i * self.ways : (i + 1) * self.ways]) for i in range(self.teachers)]
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel, over all images that teachers are trained on."""
+        pixels = np.concatenate([self._images(c)[0] for classes in self.classes() for c in classes])
+        return tuple(map(float, pixels.mean((0, 2, 3)))), tuple(map(float, pixels.std((0, 2, 3))))
+
+    def sample(self, split: str, rng: np.random.Generator) -> Arrays:
+        raise ValueError("lessons are fixed, one per teacher")
+
+    def fixed(self, split: str, index: int) -> Arrays:
+        """The lesson of teacher `index`."""
+        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in self.statistics())
+        parts = [self._images(c) for c in self.classes()[index]]
+        counts = [len(train) for train, _ in parts], [len(held) for _, held in parts]
+        x, held = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        y, held_y = (np.arange(self.ways).repeat(c) for c in counts)
+        return {"x": (x - mean) / std, "y": y, "held_x": (held - mean) / std, "held_y": held_y, "teacher": np.asarray(index)}
+
+    def _images(self, label: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(to train on, held back) of a class, in [0, 1]."""
+        images = self.source.load()
+        rows = images.rows(label)
+        x = images.images[rows.start : rows.stop] / np.float32(255)
+        held = max(1, round(self.held_back * len(x)))
+        return x[held:].astype(np.float32), x[:held].astype(np.float32)

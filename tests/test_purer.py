@@ -1,0 +1,441 @@
+"""PURER's pieces against closed forms and finite differences; the same θ and D on any fleet; no training image is ever read."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cluster import assemble, config, school, teachers
+from cluster.checkpoint import Checkpoints
+from cluster.config import Run
+from cluster.driver import Driver, digest
+from cluster.evaluate import Evaluation
+from cluster.pool import LocalPool, Pool
+from envs import store
+from envs.glyphs import Glyphs
+from learners.base import Meta, Share, pack
+from learners.derivative import differentiate
+from learners.kernels import BatchNorm
+from learners.maml import MAML
+from learners.models import MLP, Conv4, functional
+from learners.proto_net import ProtoNet
+from learners.purer.calibration import Calibration, DataFreeMAML, contrastive
+from learners.purer.curriculum import Switch
+from learners.purer.inversion import FROZEN, Inversion, Teacher, feature_distance, norm, roll, total_variation
+from learners.purer.objective import DataFree, episode
+from learners.purer.outer import Purer
+from learners.purer.schooling import Schooling
+from learners.resnet import ResNet
+from tests.quadratics import ALPHA, T1, THETA, Quadratic
+
+SMALL = Conv4(width=4, halving="pool", features="flat", norm_scale=True)
+
+
+# --- oracles ------------------------------------------------------------------------------------------------------------
+
+
+def test_total_variation_of_a_checkerboard_and_of_a_constant() -> None:
+    board = torch.tensor([[[[1.0, -1.0], [-1.0, 1.0]]]], dtype=torch.float64)
+    assert total_variation(board).item() == pytest.approx(4 * math.sqrt(2), abs=1e-12)
+    assert norm(board).item() == pytest.approx(2.0, abs=1e-12)
+    flat = torch.full((2, 1, 3, 3), 0.7, dtype=torch.float64)
+    grads, value = differentiate(lambda p: total_variation(p["x"]), {"x": flat}, False)
+    assert value.item() == 0
+    assert torch.equal(grads["x"], torch.zeros_like(flat))
+
+
+def test_feature_distance_of_a_constant_input() -> None:
+    channels, c = 5, 0.3
+    module = nn.Sequential(BatchNorm(channels), nn.Flatten(), nn.Linear(channels * 4, 2)).double()
+    model = functional(module)
+    _, seen = model.inspect(model.params() | model.running(), torch.full((7, channels, 2, 2), c, dtype=torch.float64), FROZEN)
+    assert feature_distance(seen, model.running()).item() == pytest.approx(math.sqrt(channels) * (1 + abs(c)), abs=1e-12)
+
+
+def test_rolling_is_torchs_roll() -> None:
+    x = torch.randn(2, 3, 5, 6)
+    for down, right in [(0, 0), (2, -1), (-2, 2), (1, 0)]:
+        assert torch.equal(roll(x, torch.tensor([down, right])), torch.roll(x, (down, right), (2, 3)))
+
+
+def test_the_inversion_gradient_of_a_linear_softmax_teacher() -> None:
+    """∂CE/∂x = Wᵀ(p − e_y)/n."""
+    generator = torch.Generator().manual_seed(0)
+    model = functional(nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double())
+    teacher = Teacher(model, model.params(), 3)
+    x, y = torch.randn(4, 1, 2, 3, dtype=torch.float64, generator=generator), torch.tensor([0, 2, 1, 1])
+    only_ce = Inversion(tv=0.0, l2=0.0, features=0.0)
+
+    def loss(p):
+        logits, _ = teacher.model.inspect(teacher.params, p["x"], FROZEN)
+        return F.cross_entropy(logits, y)
+
+    got = differentiate(loss, {"x": x}, False)[0]["x"].flatten(1)
+    p = torch.softmax(model(model.params(), x), 1)
+    wanted = (p - F.one_hot(y, 3)) @ model.params()["1.weight"] / 4
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+    assert only_ce.features == 0
+
+
+def test_inversion_adds_its_terms_with_their_weights() -> None:
+    model = functional(SMALL.build((1, 16, 16), 3)).to("cpu")
+    teacher = Teacher(model, model.params() | model.running(), 3)
+    x, y = torch.randn(6, 1, 16, 16), torch.arange(3).repeat_interleave(2)
+    loss, terms = Inversion().loss(teacher, x, y, torch.tensor([1, -2]))
+    wanted = terms["classification"] + 1e-4 * terms["total_variation"] + 1e-5 * terms["norm"] + 1e-2 * terms["features"]
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert terms["norm"].item() == pytest.approx(x.norm().item(), rel=1e-6)
+    assert terms["features"].item() > 0
+
+
+def test_the_switch_fires_at_the_eighth_value_and_begins_anew() -> None:
+    switch = Switch("plateau", patience=6, warmup=0)
+    state, fired = switch.init(), []
+    for i, accuracy in enumerate([50, 51, 51, 50, 49, 51, 50, 50, 49, 48, 48, 48, 48, 48, 48]):
+        state, fires = switch.update(state, i, accuracy, 0.0)
+        fired.append(fires)
+    assert [i for i, f in enumerate(fired) if f] == [7, 14]
+
+
+def test_the_literal_switch_wants_six_rises_in_a_row_and_no_switch_is_before_warmup() -> None:
+    switch = Switch("rising", patience=6, warmup=2)
+    state, fired = switch.init(), []
+    for i, loss in enumerate([9, 8, 1, 2, 3, 4, 5, 6, 7, 7, 8]):
+        state, fires = switch.update(state, i, 0.0, loss)
+        fired.append(fires)
+    assert [i for i, f in enumerate(fired) if f] == [8]
+    assert not any(Switch("off", warmup=0).update(switch.init(), i, 0.0, float(i))[1] for i in range(20))
+
+
+@pytest.mark.parametrize(("temperature", "wanted"), [(0.5, 0.4326529029917915), (0.1, 1.8158323181698095e-4)])
+def test_the_contrastive_loss_of_one_positive_and_four_orthogonal_negatives(temperature: float, wanted: float) -> None:
+    z = torch.eye(5, dtype=torch.float64)
+    got = contrastive(3 * z[:1], torch.tensor([0]), z, torch.arange(5), temperature)
+    assert got.item() == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(1, (0.75, 0.0)), (2, (0.9225, -0.2875))])
+def test_the_adversarial_gradient_through_the_inner_loop_of_a_quadratic_task(steps: int, wanted: tuple[float, float]) -> None:
+    """The support "image" is the vector a: ∂L_Q/∂a = (I − Mᴷ) B (φ_K − b); and −B (φ − b) for the query's b."""
+
+    def outer(images):
+        data = T1 | images
+        return Quadratic().query(MAML(ALPHA, steps).adapt(Meta(THETA, {}), Quadratic(), data, steps), data)
+
+    grads, _ = differentiate(outer, {"a": T1["a"], "b": T1["b"]}, False)
+    assert grads["a"].tolist() == pytest.approx(wanted, abs=1e-12)
+    if steps == 1:
+        assert grads["b"].tolist() == pytest.approx((-3, 1.5), abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_adversarial_gradient_through_a_network_against_finite_differences(steps: int) -> None:
+    torch.manual_seed(0)
+    model = functional(Conv4(width=3, halving="pool", features="flat", norm_scale=True).build((1, 16, 16), 2).double())
+    objective = DataFree(model, "cross_entropy", per_class=3, shape=(1, 16, 16))
+    verb = Purer().verbs(MAML(0.1, steps), objective)["adversary"]
+    images = torch.randn(1, 2, 3, 1, 16, 16, dtype=torch.float64)
+    data = {"support_rows": torch.tensor([[0], [3]]), "query_rows": torch.tensor([[2, 1], [5, 4]])}
+    theta = pack(model.params(), {})
+    share = verb.run(theta, {"images": images}, data)
+    gradient = torch.zeros(6, 1, 16, 16, dtype=torch.float64).index_add_(0, share.row["which"], share.row["gradient"])
+
+    def outer(d: torch.Tensor) -> float:
+        task = episode(d, data)
+        phi = MAML(0.1, steps).adapt(Meta(model.params(), {}), objective, task, steps)
+        return float(objective.query(phi, task).detach())
+
+    direction = torch.randn(images.shape, dtype=torch.float64)
+    h = 1e-4
+    difference = (8 * (outer(images + h * direction) - outer(images - h * direction))
+                  - (outer(images + 2 * h * direction) - outer(images - 2 * h * direction))) / (12 * h)  # fmt: skip
+    assert (gradient.view_as(images) * direction).sum().item() == pytest.approx(difference, rel=1e-6)
+
+
+def test_prototypes_classify_by_distance() -> None:
+    torch.manual_seed(0)
+    model = functional(MLP(hidden=(8,)).build((3,), 4).double())
+    x, y, q = torch.randn(12, 3).double(), torch.arange(4).repeat(3), torch.randn(5, 3).double()
+    data = {"support_x": x, "support_y": y, "query_x": q, "query_y": torch.zeros(5, dtype=torch.long)}
+    objective = DataFree(model, "cross_entropy")
+    phi = ProtoNet().adapt(Meta(model.params(), {}), objective, data, 1)
+    z = lambda v: torch.relu(model.module.linear0(v))  # noqa: E731
+    prototypes = torch.stack([z(x[y == c]).mean(0) for c in range(4)])
+    wanted = torch.softmax(-(torch.cdist(z(q), prototypes) ** 2), 1)
+    torch.testing.assert_close(torch.softmax(model(phi, q), 1), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_calibration_draws_real_features_to_the_inverted_ones_of_their_class() -> None:
+    torch.manual_seed(0)
+    model = functional(SMALL.build((1, 16, 16), 3))
+    objective = DataFree(model, "cross_entropy")
+    x, y = torch.randn(6, 1, 16, 16), torch.arange(3).repeat(2)
+    data = {"support_x": x, "support_y": y, "noise": torch.randn(15, 1, 16, 16)}
+    params = model.params()
+    both = Calibration(inversion_steps=20, steps=10)
+    images = both._inverted(objective, params, data["noise"], torch.arange(3).repeat_interleave(5))
+
+    def distance(p) -> float:
+        z = model.features(p, torch.cat([x, images]))
+        return float(contrastive(z[:6], y, z[6:], torch.arange(3).repeat_interleave(5), both.temperature))
+
+    after = both(objective, params, data, 0.1)
+    assert list(after) == list(params)
+    assert distance(after) < distance(params)
+    body_only = replace(both, kind="contrastive")(objective, params, data, 0.1)
+    assert torch.equal(body_only["head.weight"], params["head.weight"])
+    assert not torch.equal(after["head.weight"], params["head.weight"])
+    assert DataFreeMAML(calibration=Calibration("off")).at_test() == DataFreeMAML(calibration=Calibration("off"))
+
+
+# --- teachers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    before = os.environ.get("METAFLEET_DATA")
+    folder = tmp_path_factory.mktemp("data")
+    os.environ["METAFLEET_DATA"] = str(folder)
+    yield folder
+    del os.environ["METAFLEET_DATA"]
+    if before:
+        os.environ["METAFLEET_DATA"] = before
+
+
+@pytest.fixture(scope="module")
+def pool_folder(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> Path:
+    """Two teachers of two architectures, quickly taught."""
+    run = replace(config.load("glyphs"), pool="local")
+    run = replace(run, task=replace(run.task, source=Glyphs(characters=60, size=16)))
+    folder = tmp_path_factory.mktemp("pool")
+    plan = school.Plan(2, 3, architectures=(SMALL, ResNet(10, 4)), schooling=Schooling(epochs=15))
+    found = school.train(run, plan, folder)
+    assert [name for name, _ in found] == ["conv4", "resnet"]
+    assert found[0][1] > 0.6
+    return folder
+
+
+def data_free(folder: Path, **changes) -> Run:
+    run = config.load("data-free-glyphs")
+    task = replace(run.task, source=Glyphs(characters=60, size=16), pools=(str(folder),), ways=3, queries=3, test_queries=3)
+    outer = Purer(switch=Switch(warmup=1, patience=1))
+    learner = DataFreeMAML(0.1, 2, calibration=Calibration(inversion_steps=2, steps=1))
+    run = replace(run, task=task, model=SMALL, outer=outer, learner=learner, pool="local", meta_batch=2, shard=1, **changes)
+    run.task.prepare()
+    return assemble.resolved(run)[0]
+
+
+def trained(run: Run, directory: Path, pool: Pool | None = None, iterations: int = 6, hook=lambda d: None) -> Driver:
+    parts, params = assemble.recipe(run)
+    holder: list[Driver] = []
+
+    def look() -> bool:
+        return bool(hook(holder[0]))
+
+    driver = Driver(parts, params, pool or LocalPool(parts), directory, iterations=iterations, meta_batch=2, shard=1, interrupted=look,
+                    evaluation=Evaluation(every=3, validation_tasks=2, tasks=2, steps=1, pictures=0))  # fmt: skip
+    holder.append(driver)
+    driver.run()
+    return driver
+
+
+def bits(driver: Driver) -> tuple[str, str]:
+    """Of θ and of D with its moments."""
+    return digest(driver.meta), digest(Meta({k: v.double() for k, v in driver.state.items()}, {}))
+
+
+def test_teachers_are_written_read_back_and_checked(pool_folder: Path, tmp_path: Path) -> None:
+    pool = teachers.load(pool_folder)
+    assert pool.ways == 3
+    assert pool.shape == (1, 16, 16)
+    assert pool.specs == (SMALL, ResNet(10, 4))
+    lessons = school.Lessons(Glyphs(characters=60, size=16), 2, 3)
+    lesson = lessons.fixed("teachers", 0)
+    x, y = torch.from_numpy(lesson["held_x"]), torch.from_numpy(lesson["held_y"])
+    right = (pool.teachers[0].model(pool.teachers[0].params, x, FROZEN).argmax(1) == y).double().mean()
+    assert right.item() == pytest.approx(pool.accuracy[0])
+    both = np.concatenate([lessons.fixed("teachers", i)["x"] for i in range(2)])
+    assert abs(both.mean()) < 1e-5
+    assert both.std() == pytest.approx(1, abs=1e-4)
+    first, second = lessons.classes()
+    assert not set(first) & set(second)
+    damaged = tmp_path / "pool"
+    damaged.mkdir()
+    for file in pool_folder.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    content = bytearray((damaged / "000.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "000.safetensors").write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="its checksum differs"):
+        teachers.load(damaged)
+
+
+def test_anyones_models_are_imported_without_unpickling_anything(pool_folder: Path, tmp_path: Path) -> None:
+    model = SMALL.build((1, 16, 16), 3)
+    state = dict(model.state_dict())
+    torch.save(state, tmp_path / "mine.pt")
+    description = """shape = [1, 16, 16]
+ways = 3
+mean = [0.5]
+std = [0.2]
+[[teacher]]
+file = "mine.pt"
+architecture = { name = "conv4", width = 4, halving = "pool", features = "flat", norm_scale = true }
+"""
+    (tmp_path / "mine.toml").write_text(description)
+    assert teachers.imported(tmp_path / "mine.toml", tmp_path / "pool") == ["conv4"]
+    x = torch.randn(4, 1, 16, 16)
+    (teacher,) = teachers.load(tmp_path / "pool").teachers
+    torch.testing.assert_close(teacher.model(teacher.params, x, FROZEN), functional(model)(dict(state), x, FROZEN))
+    with pytest.raises(ValueError, match="do not mix"):
+        teachers.together([teachers.load(pool_folder), replace(teachers.load(tmp_path / "pool"), shape=(1, 28, 28))])
+
+    torch.save({"model": print}, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="more than tensors"):
+        teachers.imported(tmp_path / "mine.toml", tmp_path / "other")
+    torch.save({k: v for k, v in state.items() if "running_var" not in k}, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="has no block0.norm.running_var"):
+        teachers.imported(tmp_path / "mine.toml", tmp_path / "other")
+    (tmp_path / "mine.toml").write_text(
+        description.replace('"conv4", width = 4, halving = "pool", features = "flat", norm_scale = true', '"mlp"')
+    )
+    with pytest.raises(ValueError, match="no BatchNorm layer"):
+        teachers.imported(tmp_path / "mine.toml", tmp_path / "other")
+
+
+def test_beginnings(pool_folder: Path, tmp_path: Path) -> None:
+    pool = teachers.load(pool_folder)
+    own = functional(SMALL.build((1, 16, 16), 3)).params()
+    first = pool.teachers[0]
+    thrice = replace(first, params={k: 3 * v for k, v in first.params.items()})
+    two = replace(pool, teachers=(first, thrice), specs=(SMALL, SMALL), accuracy=(0.9, 0.5))
+    average = teachers.beginning(two, SMALL, own, "average")
+    torch.testing.assert_close(average["head.weight"], 2 * pool.teachers[0].params["head.weight"])
+    best = teachers.beginning(two, SMALL, own, "best")
+    assert torch.equal(best["block0.conv.weight"], pool.teachers[0].params["block0.conv.weight"])
+    assert torch.equal(best["head.weight"], own["head.weight"])
+    with pytest.raises(ValueError, match="no teacher has the model's architecture"):
+        teachers.beginning(pool, Conv4(), own, "average")
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_moves_images_by_adam_and_fires_once(pool_folder: Path, tmp_path: Path) -> None:
+    """D after one step is noise minus lr · sign-like Adam step of ∇L_EI, teacher by teacher; a firing changes some images only."""
+    run = data_free(pool_folder)
+    parts, params = assemble.recipe(run)
+    outer, objective = run.outer, parts.objective
+    assert isinstance(outer, Purer)
+    verbs = outer.verbs(run.learner, objective)
+    meta, seen = Meta(params, {}), {}
+
+    def reduce(verb, operand, *, over=None):
+        split, n = over or ("train", 2)
+        rows, total, weight = [], {}, 0.0
+        for i in range(n):
+            data = parts.tensors(parts.task(split, i, verbs[verb]))
+            share: Share = verbs[verb].run(pack(*meta), operand or {}, data)
+            rows.append(share.row)
+            weight += float(share.weight)
+            total = {k: total.get(k, 0) + v for k, v in share.total.items()}
+        seen[verb] = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+        from learners.base import Sum
+
+        return Sum(total, weight, seen[verb])
+
+    _, state, metrics = outer.step(meta, outer.init(meta), reduce)
+    noise, gradient = seen["noise"]["images"], seen["invert"]["gradient"]
+    assert state["images"].shape == (2, 3, 4, 1, 16, 16)
+    torch.testing.assert_close(state["images"], noise - 0.25 * gradient / (gradient.abs() + 1e-8), rtol=1e-5, atol=1e-5)
+    assert abs(noise.mean()) < 0.1
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    assert metrics["purer/fired"] == 0
+    assert set(outer.shown(state)) == {"teacher_0", "teacher_1"}
+    state["on"] = torch.ones((), dtype=torch.float64)
+    _, after, metrics = outer.step(meta, state, reduce)
+    assert metrics["purer/fired"] == 1
+    changed = (after["images"] - state["images"]).abs().sum((3, 4, 5)) > 0
+    assert changed.all()
+    assert len(seen["adversary"]["which"][0]) == 3 * 4
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_theta_and_images_are_the_same_on_any_fleet_and_after_a_kill(pool_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from cluster.ray_pool import RayPool
+
+    run = data_free(pool_folder)
+    wanted = bits(trained(run, tmp_path / "local"))
+    killed: list[int] = []
+
+    def kill(driver: Driver) -> bool:
+        if not killed and driver.iteration == 3 and driver.workers:
+            killed.append(int(next(iter(driver.workers.values())).rpartition(":")[2]))
+            os.kill(killed[0], signal.SIGKILL)
+        return False
+
+    parts, _ = assemble.recipe(run)
+    for workers, hook in ((1, lambda d: False), (3, kill)):
+        pool = RayPool(parts, workers)
+        assert bits(trained(run, tmp_path / f"ray-{workers}", pool, hook=hook)) == wanted
+        pool.close()
+    assert killed
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(pool_folder: Path, tmp_path: Path) -> None:
+    run = data_free(pool_folder)
+    wanted = bits(trained(run, tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, tmp_path / "halves", hook=lambda d: d.iteration == 4)
+    resumed = Checkpoints(tmp_path / "halves" / "checkpoints").newest()
+    assert resumed
+    assert "images" in resumed.outer
+    assert bits(trained(run, tmp_path / "halves")) == wanted
+
+
+@dataclass(frozen=True)
+class NoTraining(Glyphs):
+    """Glyphs whose training characters are gone."""
+
+    def load(self):
+        images = super().load()
+        hidden = {k: v for k, v in images.index.splits.items() if k != "train"}
+        first = images.index.starts[min(hidden["validation"])]
+        pixels = np.array(images.images)
+        pixels[:first] = 0  # and no pixel of theirs is left
+        return store.ImageSet(pixels, replace(images.index, splits=hidden))
+
+
+def test_no_training_image_is_read(pool_folder: Path, tmp_path: Path) -> None:
+    run = data_free(pool_folder)
+    hidden = replace(run, task=replace(run.task, source=NoTraining(characters=60, size=16)))
+    hidden.task.prepare()
+    with pytest.raises(KeyError):
+        hidden.task.source.load().classes("train")
+    assert digest(trained(hidden, tmp_path / "hidden").meta) == digest(trained(run, tmp_path / "open").meta)
+
+
+def test_impossible_data_free_runs_are_refused(pool_folder: Path) -> None:
+    run = data_free(pool_folder)
+    with pytest.raises(ValueError, match="task.pools is empty"):
+        assemble.recipe(replace(run, task=replace(run.task, pools=())))
+    with pytest.raises(FileNotFoundError, match="metafleet teachers"):
+        assemble.recipe(replace(run, task=replace(run.task, pools=("nowhere",))))
+    with pytest.raises(ValueError, match="run in a loop"):
+        assemble.recipe(replace(run, execution="vmap"))
+    with pytest.raises(ValueError, match=r"the teachers take images of shape \(1, 16, 16\)"):
+        assemble.recipe(replace(run, task=replace(run.task, source=Glyphs(size=28))))
+    with pytest.raises(ValueError, match="wants a data-free task"):
+        Purer().verbs(MAML(), assemble.recipe(replace(config.load("glyphs"), execution="loop"))[0].objective)

@@ -20,6 +20,7 @@ import torch
 from cluster import assemble, config
 from cluster.driver import Driver
 from cluster.evaluate import Evaluation
+from cluster.policies import Step
 from cluster.pool import LocalPool
 from envs.bodies import BODIES, load
 from learners.base import pack
@@ -90,17 +91,13 @@ def breakdown(run: config.Run) -> None:
         driver = Driver(parts, params, pool, Path(folder), iterations=ITERATIONS, meta_batch=TASKS, shard=TASKS,
                         evaluation=Evaluation(validation_tasks=0, tasks=1, pictures=0))  # fmt: skip
         seen: list[dict[str, float]] = []
-        step = driver.policy.step
+        apply = driver._apply
 
-        class Watching:
-            deadlines, max_attempts, max_rejected = driver.policy.deadlines, driver.policy.max_attempts, driver.policy.max_rejected
+        def watching(step: Step) -> None:
+            seen.append(step.metrics)
+            apply(step)
 
-            def step(self, *args: Any) -> Any:
-                result = step(*args)
-                seen.append(result.metrics)
-                return result
-
-        driver.policy = Watching()
+        driver._apply = watching  # type: ignore[method-assign]
         driver.run()
         pool.close()
     middle = {k: statistics.median(m[k] for m in seen[1:]) for k in seen[1] if k.startswith(("perf/", "outer/tries"))}

@@ -35,6 +35,9 @@ VARIANTS = "runs"
 BUDGETS = ("passes", "env_steps")
 """Keys of a TOML file that make it a comparison of several runs, and say what each may spend."""
 
+BEGINNING = "init_from"
+"""Key of a run of a comparison: the run whose θ it begins from."""
+
 NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""
 
@@ -205,11 +208,22 @@ def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
         raise ValueError(f"RUN={name!r} is not a comparison: tables [{VARIANTS}.NAME] and {' or '.join(BUDGETS)} = a whole number wanted")
     runs = {}
     for variant, differences in variants.items():
+        differences = {k: v for k, v in differences.items() if k != BEGINNING}
         run: Run = from_table(Run, _merged(table, differences) | (overrides or {}), f"{VARIANTS}.{variant}.")
         if "iterations" not in differences:
             run = dataclasses.replace(run, iterations=max(1, allowed // spent(run, *budget)))
         runs[variant] = run
     return runs
+
+
+def beginnings(name: str) -> dict[str, str]:
+    """Runs of a comparison that begin from the θ of another one (`init_from` in their table), which must stand before them."""
+    variants = list(read(name)[VARIANTS].items())
+    found = {variant: str(differences[BEGINNING]) for variant, differences in variants if BEGINNING in differences}
+    for i, (variant, _) in enumerate(variants):
+        if variant in found and found[variant] not in [v for v, _ in variants[:i]]:
+            raise ValueError(f"{VARIANTS}.{variant}.{BEGINNING}={found[variant]!r}: a run that stands before it wanted")
+    return found
 
 
 def spent(run: Run, what: str) -> int:

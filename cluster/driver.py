@@ -208,7 +208,8 @@ class Driver:
                 log.warning("best checkpoint not written (%s)", error)
 
     def _finish(self) -> None:
-        state = self._snapshot()
+        chosen = self.evaluation.checkpoint == "best" and bool(self._best)
+        state = self.checkpoints.best() if chosen else self._snapshot()
         results = judge(self.recipe, self.dispatcher, state, "test", self.evaluation.tasks, self.shard)
         self.lease.check()
         Report(self.recipe, self.monitor, self.directory, self.evaluation.pictures).publish(state, results, self._hparams)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ class Evaluation:
     """Test tasks of the final evaluation."""
     steps: int = 10
     """Inner steps of the adaptation curve."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """The θ of the final evaluation: the last, or the best on validation tasks."""
     norms: tuple[NormMode, ...] = ()
     """Normalisation modes to report; empty: the mode of training."""
     robustness: Robustness = field(default_factory=Robustness)

@@ -60,7 +60,7 @@ def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = F
             run = prepared(run, directory)
             parts, params = assemble.recipe(run)
             if init_from:
-                params = _like(params, chosen(Path(init_from), "newest").meta.params, init_from)
+                params = _like(params, chosen(Path(init_from), run.evaluation.checkpoint).meta.params, init_from)
             with assemble.pool(run, parts) as pool, _signals(received):  # signals last: joining Ray sets handlers of its own
                 Driver(
                     parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
@@ -74,15 +74,17 @@ def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = F
 
 def train_all(name: str, home: Path, *, seeds: int, keys: dict[str, Any]) -> list[Path]:
     """Train every run of a comparison in HOME/RUN (or HOME/RUN/seed-N), but those that have finished; their directories."""
-    directories = []
+    directories, beginnings = [], config.beginnings(name)
     for variant, run in config.comparison(name, keys).items():
         for seed in range(run.seed, run.seed + seeds):
-            directory = home / variant / f"seed-{seed}" if seeds > 1 else home / variant
+            suffix = f"seed-{seed}" if seeds > 1 else ""
+            directory = home / variant / suffix
+            begin = str(home / beginnings[variant] / suffix) if variant in beginnings else ""
             directories.append(directory)
             if (directory / "evaluation.json").exists():
                 monitor.log.info("%s has finished", directory)
                 continue
-            train(replace(run, seed=seed), directory)
+            train(replace(run, seed=seed), directory, init_from=begin)
     return directories
 
 

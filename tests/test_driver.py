@@ -154,6 +154,15 @@ def test_the_best_on_validation_is_kept_beside_the_newest(tmp_path: Path) -> Non
     scores = {line["iteration"]: line["curve"]["loss"][-1] for line in lines if line["kind"] == "validation"}
     best = Checkpoints(tmp_path / "checkpoints").best()
     assert best.iteration == min(scores, key=scores.__getitem__)
+    assert best.iteration < 12
+
+
+def test_the_final_evaluation_may_be_of_the_best(tmp_path: Path) -> None:
+    recipe = quadratic_recipe(outer=Descent(optimizer="sgd", lr=1.0))
+    Driver(recipe, start(), LocalPool(recipe), tmp_path, iterations=12, meta_batch=6, shard=2,
+           evaluation=replace(FEW, checkpoint="best")).run()  # fmt: skip
+    best = Checkpoints(tmp_path / "checkpoints").best()
+    assert json.loads((tmp_path / "evaluation.json").read_text())["iteration"] == best.iteration < 12
 
 
 def test_held_out_tasks_do_not_depend_on_the_runs_seed_nor_on_the_shard(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from cluster.journal import Unwritten
 from cluster.ledger import Ledger
 from cluster.teachers import write_index, written
 from cluster.worker import Recipe, set_up_torch
-from envs.data_free import TEACHERS, Lessons
+from envs.base import TEACHERS
+from envs.data_free import Lessons
 from envs.images import Episodes
 from learners.base import pack
 from learners.maml import MAML

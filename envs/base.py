@@ -28,6 +28,8 @@ class Clip(NamedTuple):
 
 
 SPLITS = ("train", "validation", "test")
+TEACHERS, ADVERSARY = "teachers", "adversary"
+"""Splits of data-free runs: one task per teacher; fresh episodes to be made harder."""
 
 
 class TaskDistribution(Protocol):

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.base import Array, Arrays, check_split
+from envs.base import ADVERSARY, TEACHERS, Array, Arrays, check_split
 from envs.images import Episodes, ImageSource
-
-TEACHERS, ADVERSARY = "teachers", "adversary"
-"""Rounds of their own: one task per teacher; one fresh episode."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 
 from learners.base import Data, Meta, Objective
 from learners.inner import InnerLoop, Point
@@ -32,7 +32,8 @@ class ProtoNet(InnerLoop):
         yield Point(theta, {}, ())
         if steps:
             z = objective.model.features(meta.slots | theta, data["support_x"])
-            member = F.one_hot(data["support_y"], theta["head.bias"].shape[0]).to(z.dtype)  # [n, ways]
+            labels = torch.arange(theta["head.bias"].shape[0], device=z.device)
+            member = (data["support_y"][:, None] == labels).to(z.dtype)  # [n, ways]
             prototypes = member.t() @ z / member.sum(0)[:, None]
             adapted = theta | {"head.weight": 2 * prototypes, "head.bias": -prototypes.square().sum(1)}
             for _ in range(steps):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.data_free import ADVERSARY, TEACHERS
+from envs.base import ADVERSARY, TEACHERS
 from learners import tree
 from learners.base import Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, unpack
 from learners.derivative import differentiate, differentiate_with

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import ray_fleet, wire
+from cluster.experience import IN_FLIGHT, Experience
 from cluster.messages import Assignment, Broadcast, Contribution, Event, Failure, FleetEvent
 from cluster.policies import Deadlines
 from cluster.ray_fleet import FETCH_SECONDS, Remote, cause
@@ -25,15 +25,11 @@ from learners.base import Params
 
 log = logging.getLogger("metafleet")
 
-IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never waits for the driver
-STICKY = 4  # as many where the worker has run just these tasks before: what it remembers of them saves more than waiting costs
 START_SECONDS = 300.0  # without a single worker ready for this long, the pool gives up
 LONGEST_BACKOFF = 30.0
 NODES_EVERY = 5.0  # seconds between looks at the cluster's nodes
 RETURNED_INLINE = 100 << 10  # bytes of a result that Ray sends with the answer, not by the object store
 INLINE = 256 << 10  # bytes of a broadcast that is sent with the first call of each worker, not by the object store
-REMEMBERED = 4096
-MEASURED = 64  # shard times per verb that the median is taken of
 
 
 class _Actor:
@@ -68,8 +64,6 @@ class _Remote:
     tickets: deque[tuple[Assignment, Any]] = field(default_factory=deque)  # in the order they run
     since: float = 0.0
     """When the first of `tickets` began to run."""
-    known: set[str] = field(default_factory=set)
-    """Verbs it has run: their next shard needs no compilation."""
     holds: set[int] = field(default_factory=set)
     """Handles of the broadcasts it was sent."""
 
@@ -94,7 +88,7 @@ class RayPool:
         if not 1 <= least <= workers:
             raise ValueError(f"workers={workers}, of which at least {least}: 1 ≤ least ≤ workers wanted")
         self._least = least
-        self._limits = limits or Deadlines()
+        self._experience = Experience(limits or Deadlines())
         self._started = ray_fleet.join(address, workers * cpus_per_worker, workers * gpus_per_worker)
         options: dict[str, Any] = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
         if variables:
@@ -109,9 +103,6 @@ class RayPool:
         self._values: dict[int, Any] = {}
         self._last_handle = self._last_name = 0
         self._actors: list[_Remote] = []
-        self._ran: OrderedDict[tuple[str, int, int], str] = OrderedDict()  # task range → who last ran it
-        self._asked: OrderedDict[int, str] = OrderedDict()  # ticket → who was last asked
-        self._times: dict[str, deque[float]] = {}
         self._events: deque[Event] = deque()
         self._losses = 0
         self._respawn: list[float] = []
@@ -135,7 +126,8 @@ class RayPool:
         return sum(max(0, IN_FLIGHT - len(a.tickets)) for a in ready) if len(ready) >= self._least else 0
 
     def submit(self, assignment: Assignment) -> None:
-        actor = self._choose(assignment)
+        name = self._experience.choose(assignment, {a.name: len(a.tickets) for a in self._actors if a.ready})
+        actor = next(a for a in self._actors if a.name == name)
         actor.holds = {h for h in actor.holds if h >= assignment.oldest}
         at, operand = self._unsent(actor, assignment.at), self._unsent(actor, assignment.operand)
         call = actor.handle.run.options(num_returns=2) if self._apart else actor.handle.run
@@ -143,9 +135,6 @@ class RayPool:
         if not actor.tickets:
             actor.since = time.monotonic()
         actor.tickets.append((assignment, ref))
-        self._asked[assignment.ticket] = actor.name
-        while len(self._asked) > REMEMBERED:
-            self._asked.popitem(last=False)
 
     def poll(self, timeout: float) -> list[Event]:
         self._replace_lost()
@@ -220,7 +209,8 @@ class RayPool:
                 return
             else:
                 self._events.append(answer)
-                self._learn(actor, assignment, answer.seconds)
+                self._experience.answered(actor.name, assignment, answer.seconds)
+                self._losses = 0
             actor.tickets.popleft()
             actor.since = time.monotonic()
 
@@ -247,15 +237,6 @@ class RayPool:
             self._events.append(FleetEvent("node lost", node[:8], address, {"reason": "Ray no longer counts it"}))
         self._nodes = now
 
-    def _learn(self, actor: _Remote, assignment: Assignment, seconds: float) -> None:
-        if assignment.verb in actor.known:
-            self._times.setdefault(assignment.verb, deque(maxlen=MEASURED)).append(seconds)
-        actor.known.add(assignment.verb)
-        self._losses = 0
-        self._ran[assignment.split, assignment.start, assignment.stop] = actor.name
-        if len(self._ran) > REMEMBERED:
-            self._ran.popitem(last=False)
-
     def _check_deadlines(self) -> None:
         now = time.monotonic()
         for actor in list(self._actors):
@@ -266,11 +247,7 @@ class RayPool:
                     self._lose(actor, "late", f"no answer for {allowed:.1f} s")
 
     def _deadline(self, actor: _Remote) -> float:
-        verb = actor.tickets[0][0].verb
-        times = self._times.get(verb)
-        if verb not in actor.known or not times:
-            return self._limits.first
-        return max(self._limits.floor, self._limits.factor * statistics.median(times))
+        return self._experience.deadline(actor.name, actor.tickets[0][0].verb)
 
     def _patience(self, timeout: float) -> float:
         """Seconds to wait for an answer before some deadline passes."""
@@ -280,6 +257,7 @@ class RayPool:
     def _lose(self, actor: _Remote, kind: Literal["died", "late", "error"], reason: str) -> None:
         """Kill an actor, report its work as failed, and have it replaced."""
         self._actors.remove(actor)
+        self._experience.lost(actor.name)
         ray.kill(actor.handle)
         for position, (assignment, _) in enumerate(actor.tickets):
             blamed = kind if position == 0 else "died"  # only the first was running
@@ -303,17 +281,6 @@ class RayPool:
             return None
         actor.holds.add(handle)
         return self._values[handle]
-
-    def _choose(self, assignment: Assignment) -> _Remote:
-        ready = [a for a in self._actors if a.ready and len(a.tickets) < IN_FLIGHT]
-        if assignment.attempt:
-            # Whoever was asked last may be what is wrong.
-            asked = self._asked.get(assignment.ticket)
-            ready = [a for a in ready if a.name != asked] or ready
-        else:
-            before = self._ran.get((assignment.split, assignment.start, assignment.stop))
-            ready = [a for a in self._actors if a.ready and a.name == before and len(a.tickets) < STICKY] or ready
-        return min(ready, key=lambda a: len(a.tickets))
 
 
 def _first(ref: Any) -> Any:

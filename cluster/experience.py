@@ -1,0 +1,66 @@
+"""What a pool remembers of its workers: who ran what, how long shards take, hence when one is late. No Ray."""
+
+from __future__ import annotations
+
+import statistics
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
+from cluster.messages import Assignment
+from cluster.policies import Deadlines
+
+K = TypeVar("K", bound=Hashable)
+
+IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never waits for the driver
+STICKY = 4  # as many where the worker has run just these tasks before: what it remembers of them saves more than waiting costs
+REMEMBERED = 4096
+MEASURED = 64  # shard times per verb that the median is taken of
+
+
+class Experience:
+    """Learns from answers; decides whom to ask, and for how long to wait."""
+
+    def __init__(self, limits: Deadlines) -> None:
+        self._limits = limits
+        self._ran: OrderedDict[tuple[str, int, int], str] = OrderedDict()  # task range → who last ran it
+        self._asked: OrderedDict[int, str] = OrderedDict()  # ticket → who was last asked
+        self._known: defaultdict[str, set[str]] = defaultdict(set)  # worker → verbs it has run: their next shard needs no compilation
+        self._times: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MEASURED))
+
+    def choose(self, assignment: Assignment, loads: Mapping[str, int]) -> str:
+        """Whom to give `assignment`, of workers with so many shards each; at least one must have room."""
+        able = [w for w, load in loads.items() if load < IN_FLIGHT]
+        if assignment.attempt:
+            # Whoever was asked last may be what is wrong.
+            able = [w for w in able if w != self._asked.get(assignment.ticket)] or able
+        else:
+            before = self._ran.get((assignment.split, assignment.start, assignment.stop))
+            able = [before] if before is not None and loads.get(before, STICKY) < STICKY else able
+        chosen = min(able, key=lambda w: loads[w])
+        _remember(self._asked, assignment.ticket, chosen)
+        return chosen
+
+    def answered(self, worker: str, assignment: Assignment, seconds: float) -> None:
+        """A worker finished a shard, in so many seconds of its own."""
+        if assignment.verb in self._known[worker]:
+            self._times[assignment.verb].append(seconds)
+        self._known[worker].add(assignment.verb)
+        _remember(self._ran, (assignment.split, assignment.start, assignment.stop), worker)
+
+    def lost(self, worker: str) -> None:
+        """There is no such worker any more."""
+        self._known.pop(worker, None)
+
+    def deadline(self, worker: str, verb: str) -> float:
+        """Seconds that a worker may take for a shard of a verb."""
+        times = self._times.get(verb)
+        if verb not in self._known[worker] or not times:
+            return self._limits.first
+        return max(self._limits.floor, self._limits.factor * statistics.median(times))
+
+
+def _remember(table: OrderedDict[K, str], key: K, worker: str) -> None:
+    table[key] = worker
+    while len(table) > REMEMBERED:
+        table.popitem(last=False)

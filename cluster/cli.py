@@ -287,7 +287,7 @@ def replay(words: list[str]) -> None:
     from cluster import session
 
     o = _parsed("replay", Replay, words)
-    console.print(session.replay(o.dir), highlight=False)
+    console.print(session.replay(o.dir), highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

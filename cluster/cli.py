@@ -35,6 +35,7 @@ USAGE = """metafleet — distributed meta-training on Ray
   metafleet list                                                  presets, tasks, models, learners
   metafleet show RUN [--key value ...]                            the resolved configuration as TOML
   metafleet check RUN [--key value ...]                           is the meta-gradient what it claims to be?
+  metafleet doctor [RUN] [--key value ...]                        is this machine or cluster fit for it?
   metafleet status DIR [--follow]                                 what a run is doing
   metafleet replay DIR                                            a run again from its journal, to the same bits
 
@@ -351,9 +352,38 @@ class Import:
     """Folder for the pool. Default: teachers/FILE."""
 
 
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Options of an examination, beside the keys of the run that it is for."""
+
+    dir: str = "runs"
+    """Where the run would be."""
+
+
+def doctor(words: list[str]) -> None:
+    """Is this machine or cluster fit for RUN? One line for each thing that has been known to be wrong, with a hint where it is."""
+    from cluster import doctor as doctors
+    from cluster import flags
+
+    words = words if words and not words[0].startswith("-") else ["sinusoid", *words]
+    _, options, run = flags.configured("doctor", words, DoctorOptions, doctor.__doc__ or "")
+    colours, wrong = {"ok": "green", "warning": "yellow", "wrong": "bold red"}, False
+    for finding in doctors.examine(run, Path(options.dir)):
+        wrong = wrong or finding.verdict == "wrong"
+        hint = f" — {finding.hint}" if finding.hint and finding.verdict != "ok" else ""
+        line = (finding.what + hint).replace("[", r"\[")
+        console.print(
+            f"[{colours[finding.verdict]}]{finding.verdict:8s}[/]" + (finding.what + hint).replace("[", r"\["),
+            highlight=False,
+            soft_wrap=True,
+        )
+    if wrong:
+        sys.exit(1)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "resume": resume, "evaluate": evaluate, "compare": compare, "export": export,
-    "list": list_, "show": show, "check": check, "status": status, "replay": replay, "teachers": teachers,
+    "list": list_, "show": show, "check": check, "status": status, "replay": replay, "teachers": teachers, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -7,9 +7,9 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import ray
@@ -21,6 +21,8 @@ from cluster import wire
 from cluster.messages import Lost, Vector
 
 log = logging.getLogger("metafleet")
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
 FETCH_SECONDS = 120.0  # what has not arrived after this long never will
@@ -63,6 +65,26 @@ def nodes() -> dict[str, str]:
 
 Bracket: TypeAlias = "int | tuple[Bracket, Bracket]"
 """How to add: the number of an operand, or two such things."""
+
+
+def version() -> str:
+    """Ray's."""
+    return str(ray.__version__)
+
+
+def leave() -> None:
+    """End the Ray that `join` started."""
+    ray.shutdown()
+
+
+def on_every_node(function: Callable[..., T], *arguments: Any, seconds: float = 60.0) -> list[T]:
+    """What `function(*arguments)` returns on each living node."""
+    refs = []
+    for node in nodes():
+        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        refs.append(ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there).remote(*arguments))
+    found: list[T] = ray.get(refs, timeout=seconds)
+    return found
 
 
 @dataclass(frozen=True)

@@ -372,11 +372,7 @@ def doctor(words: list[str]) -> None:
         wrong = wrong or finding.verdict == "wrong"
         hint = f" — {finding.hint}" if finding.hint and finding.verdict != "ok" else ""
         line = (finding.what + hint).replace("[", r"\[")
-        console.print(
-            f"[{colours[finding.verdict]}]{finding.verdict:8s}[/]" + (finding.what + hint).replace("[", r"\["),
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"[{colours[finding.verdict]}]{finding.verdict:8s}[/]{line}", highlight=False, soft_wrap=True)
     if wrong:
         sys.exit(1)
 

@@ -218,7 +218,7 @@ def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
 
 def beginnings(name: str) -> dict[str, str]:
     """Runs of a comparison that begin from the θ of another one (`init_from` in their table), which must stand before them."""
-    variants = list(read(name)[VARIANTS].items())
+    variants = list(read(name).get(VARIANTS, {}).items())
     found = {variant: str(differences[BEGINNING]) for variant, differences in variants if BEGINNING in differences}
     for i, (variant, _) in enumerate(variants):
         if variant in found and found[variant] not in [v for v, _ in variants[:i]]:

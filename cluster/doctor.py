@@ -103,9 +103,8 @@ def _threads(run: Run) -> Finding:
     cores = os.cpu_count() or 1
     said = f"threads = {run.threads} per worker, {cores} processors here"
     if run.pool == "ray" and run.address == "local" and run.workers * run.threads > cores:
-        return Finding(
-            "warning", f"{said} for {run.workers} workers", f"--workers {max(1, cores // run.threads)} would not share processors"
-        )
+        most = max(1, cores // run.threads)
+        return Finding("warning", f"{said} for {run.workers} workers", f"--workers {most} would not share processors")
     return Finding("ok", said)
 
 
@@ -152,9 +151,8 @@ def fleet(run: Run, version: str, resources: dict[str, float], nodes: list[Node]
         lacking = [f for f, version in wanted.items() if node.files.get(f) != version]
         if lacking:
             yield Finding("warning", f"{node.where} lacks {', '.join(lacking)}", "the driver will send it when a worker starts there")
-        if abs(node.clock - time.time()) > SKEW:
-            yield Finding(
-                "warning", f"the clock of {node.where} is {node.clock - time.time():+.1f} s off", "run NTP: leases compare clocks"
-            )
+        off = min(0.0, node.clock - asked[0]) + max(0.0, node.clock - asked[1])
+        if abs(off) > SKEW:
+            yield Finding("warning", f"the clock of {node.where} is {off:+.1f} s off", "run NTP: leases compare clocks")
         if node.omp not in ("", str(run.threads)):
             yield Finding("ok", f"{node.where} has OMP_NUM_THREADS={node.omp}; workers set {run.threads} themselves")

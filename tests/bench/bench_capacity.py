@@ -26,7 +26,7 @@ from cluster import wire
 from cluster.driver import Driver
 from cluster.evaluate import Evaluation
 from cluster.messages import Assignment
-from cluster.ray_pool import RayPool
+from cluster.ray_pool import RETURNED_INLINE, RayPool
 from cluster.worker import Recipe, environment
 from learners.base import Params, Sum, pack
 from learners.maml import MAML
@@ -35,9 +35,9 @@ from tests.bench.timing import machine, quiet
 from tests.quadratics import Quadratic, QuadraticTasks
 
 SIZES = (10**4, 10**5, 10**6)
-WORKERS = (1, 2, 4, 8, 16, 32, 64)
+WORKERS = (1, 2, 4, 6, 8, 12, 16, 32, 64)
 FITTED = 16
-TERMS = ("a call", "a number", "a call's wait for a lone worker", "a number's")
+TERMS = ("a call", "a result by the object store", "a number", "a lone worker's latency", "a worker to look after")
 SHARDS = 128  # a meta-iteration
 VERSIONS = 10_000
 QUIET = Evaluation(every=10**9, validation_tasks=0, tasks=1, steps=0, pictures=0)
@@ -116,11 +116,8 @@ def rate(pool: SimulatedPool, size: int, seconds: float) -> float:
 
 
 def features(size: int, workers: int) -> list[float]:
-    """What a contribution's time is made of: TERMS.
-
-    Waits are shared by the workers; they come out negative where workers take the driver's own processor away.
-    """
-    return [1.0, size, 1 / workers, size / workers]
+    """What a contribution's time is made of: TERMS. Latency is shared by the workers."""
+    return [1.0, float(4 * size > RETURNED_INLINE), size, 1 / workers, workers]
 
 
 def fitted(points: dict[tuple[int, int], float]) -> np.ndarray[Any, np.dtype[np.float64]]:

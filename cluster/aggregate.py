@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cluster import wire
 from cluster.messages import Contribution, Elsewhere, Layout, Vector
-from learners.base import Sum
+from learners.base import CARRIED, Sum
 
 Node: TypeAlias = tuple[Vector | Elsewhere, float, bool] | None
 """Total and weight of a subtree, and whether the total is ours to overwrite; None where all of it was rejected."""
@@ -93,7 +93,9 @@ def _plus(left: Node, right: Node) -> Node:
 
 
 def is_finite(contribution: Contribution) -> bool:
-    """Whether every number of the total is finite; the worker's word for it where the total is elsewhere."""
+    """Whether every number of the total, and of rows that are carried, is finite; the worker's word for a total that is elsewhere."""
+    if not all(np.isfinite(v).all() for name, v in contribution.rows.items() if name.startswith(CARRIED)):
+        return False
     vector = contribution.vector
     if not isinstance(vector, np.ndarray):
         return contribution.finite

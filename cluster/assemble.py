@@ -66,6 +66,8 @@ def _data_free(run: Run, network: Functional, pool: TeacherPool) -> Objective:
     assert isinstance(task, DataFree)
     if pool.shape != task.inputs:
         raise ValueError(f"the teachers take images of shape {pool.shape}, task.source gives {task.inputs}")
+    if run.dtype != "float32":
+        raise ValueError(f"dtype={run.dtype!r}: teachers are float32, and so are runs that learn from them")
     if run.execution != "loop":
         raise ValueError(f"execution={run.execution!r}: teachers differ from each other, so that tasks run in a loop")
     return DataFreeObjective(

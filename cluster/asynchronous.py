@@ -201,6 +201,7 @@ class Flow:
         try:
             under.total = under.round.total()
         except Lost as error:
+            self.dispatcher.lost(error)
             self._send_back(under, str(error))
         else:
             self._buffer.append(under)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.aggregate import Tree, is_finite
-from cluster.ledger import HELD_OUT, Ledger
+from cluster.ledger import Ledger
 from cluster.messages import Assignment, Contribution, Event, Failure, FleetEvent, Lost
 from cluster.pool import Pool
-from learners.base import Params, Sum
+from envs.base import HELD_OUT
+from learners.base import CARRIED, Params, Sum
 
 log = logging.getLogger("metafleet")
 
@@ -81,6 +82,7 @@ class Dispatcher:
         self._background: set[int] = set()
         self._suspects: dict[int, bytes] = {}  # ticket → digest of a non-finite first answer
         self._handles: set[int] = set()
+        self._lost = 0  # sums in a row
         self._background_last = False
         self._killed: Counter[int] = Counter()  # ticket → workers that died while at it
         self._since: dict[int, float] = {}  # ticket → when it first went out
@@ -138,9 +140,19 @@ class Dispatcher:
             while not wanted.done:
                 self.pump(1.0)
             try:
-                return wanted.total()
+                total = wanted.total()
             except Lost as error:
+                self.lost(error)
                 self._repeat(wanted, str(error))
+            else:
+                self._lost = 0
+                return total
+
+    def lost(self, error: Lost) -> None:
+        """A sum that had stayed elsewhere is gone. Raises RunStopped where that happens again and again."""
+        self._lost += 1
+        if self._lost >= self.max_attempts:
+            raise RunStopped(f"{self._lost} sums in a row were lost where they were made; the last time: {error}") from error
 
     @property
     def queued(self) -> int:
@@ -232,7 +244,8 @@ class Dispatcher:
             self._settle(answer)
             return
         assert isinstance(answer.vector, np.ndarray)  # pools bring it here where it is not finite
-        digest = hashlib.sha256(answer.vector.tobytes()).digest()
+        carried = [v.tobytes() for name, v in sorted(answer.rows.items()) if name.startswith(CARRIED)]
+        digest = hashlib.sha256(b"".join([answer.vector.tobytes(), *carried])).digest()
         if ticket not in self._suspects:
             self._suspects[ticket] = digest
             assignment = self.ledger.open[ticket]

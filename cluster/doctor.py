@@ -67,7 +67,11 @@ def examine(run: Run, directory: Path) -> Iterator[Finding]:
         return
     try:
         began = time.time()
-        nodes = ray_fleet.on_every_node(look, run.task)
+        try:
+            nodes = ray_fleet.on_every_node(look, run.task)
+        except Exception as error:  # whatever a node's Python may raise
+            yield Finding("wrong", f"a node cannot run our code ({ray_fleet.cause(error)})", "the same installation or image on every node")
+            return
         yield from fleet(run, ray_fleet.version(), ray_fleet.resources(), nodes, (began, time.time()))
     finally:
         if started:
@@ -141,7 +145,8 @@ def fleet(run: Run, version: str, resources: dict[str, float], nodes: list[Node]
             yield Finding("ok" if fine else "wrong" if room < run.min_workers else "warning", said, "fewer --workers, or more nodes")
     mine = environment() | {"gpu": ""}
     for key, own in mine.items():
-        seen = Counter(node.environment[key] for node in nodes)
+        able = [n for n in nodes if key != "gpu" or not run.gpus_per_worker or n.environment["gpu"] != "none"]
+        seen = Counter(node.environment[key] for node in able)
         if len(seen) > 1 or (key != "gpu" and set(seen) != {own}):
             told = ", ".join(f"{value!r} on {n}" for value, n in seen.items())
             yield Finding("wrong", f"{key}: {told} nodes, {own!r} here: bits would depend on who computes what",

@@ -200,12 +200,14 @@ class Driver:
         self._pending = None
         self.monitor.curve(state.iteration, "validation", curves.mean)
         if curves.beats(self._best.get("score")):
-            self._best = {"iteration": state.iteration, "score": curves.score()}
+            best = {"iteration": state.iteration, "score": curves.score()}
             try:
                 self.lease.check()
-                self.checkpoints.save_best(replace(state, best=self._best))
+                self.checkpoints.save_best(replace(state, best=best))
             except OSError as error:
-                log.warning("best checkpoint not written (%s)", error)
+                log.warning("best checkpoint not written (%s); the one before it stays the best", error)
+            else:
+                self._best = best
 
     def _finish(self) -> None:
         chosen = self.evaluation.checkpoint == "best" and bool(self._best)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cluster import assemble
 from cluster.config import Run
+from envs.data_free import DataFree
 from learners import tree
 from learners.base import Data, Learner, Meta, Objective, Outer, Params, Reduce, Sum, pack, unpack
 from learners.control import Control
@@ -44,6 +45,8 @@ def check(run: Run) -> Verdict:
     Real tasks (RL: episodes recorded at θ), the run's learner, objective and execution mode; the model is a smooth copy
     (softplus for ReLU, average for maximum pooling), since differences do not converge across kinks.
     """
+    if isinstance(run.task, DataFree):
+        raise ValueError("check wants tasks with data of their own; those of a data-free run come from its teachers as it goes on")
     run.task.prepare()
     run, _ = assemble.resolved(replace(run, dtype="float64", device="cpu", pool="local"))
     parts, _ = assemble.recipe(run)

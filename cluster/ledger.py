@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from cluster.journal import Journal
 from cluster.messages import Assignment
+from envs.base import HELD_OUT
 
 COUNTS = ("dispatched", "applied", "dropped", "rejected", "quarantined", "abandoned", "retried", "duplicates", "corrupted")
-HELD_OUT = ("validation", "test")
 ENDS = ("applied", "dropped", "rejected", "quarantined", "abandoned")
 
 

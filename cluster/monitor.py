@@ -63,6 +63,8 @@ class Monitor:
 
     def scalars(self, iteration: int, values: Mapping[str, float], samples: Mapping[str, list[float]] | None = None) -> None:
         """Scalars of one iteration, and numbers that a window shows as a histogram."""
+        for gone in [tag for tag in self._now if tag.startswith("share/")]:
+            del self._now[gone]
         self._now.update(values)
         for tag, value in values.items():
             self._window.setdefault(tag, []).append(value)

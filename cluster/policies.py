@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.dispatch import Dispatcher, Shards
-from learners.base import GROUP, Meta, Outer, Params, Sum, pack
+from learners.base import CARRIED, GROUP, Meta, Outer, Params, Sum, pack
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,14 @@ class Rounds:
             beside = dispatcher.publish(operand) if operand is not None else None
             asked = Shards(over[0], version * over[1], over[1], 1) if over else shards
             try:
-                round_ = dispatcher.start(verb, at, beside, asked)
+                # An outer step with rounds of its own needs every part of them.
+                round_ = dispatcher.start(verb, at, beside, asked, tolerated=0 if over else None)
                 result = dispatcher.finish(round_)
             finally:
                 if beside is not None:
                     dispatcher.release(beside)
             compute += round_.seconds
-            tickets.extend(round_.tickets)
+            tickets.extend(t for t in round_.tickets if t in dispatcher.ledger.held)  # others were rejected: they have ended
             metrics[f"perf/{verb}_s"] = metrics.get(f"perf/{verb}_s", 0.0) + round_.seconds
             metrics.update(logged(result))
             return result
@@ -180,7 +181,7 @@ SUMMED = ("perf/", "count/")
 
 def logged(result: Sum) -> dict[str, float]:
     """Means over tasks; sums of what is time (`perf/…`) or is counted (`count/…`)."""
-    rows = {name: values.double() for name, values in result.rows.items() if name != GROUP and values.ndim == 1}
+    rows = {name: values.double() for name, values in result.rows.items() if name != GROUP and not name.startswith(CARRIED)}
     return {
         name if name.startswith(SUMMED) else f"train/{name}": float(v.sum() if name.startswith(SUMMED) else v.mean())
         for name, v in rows.items()

@@ -23,7 +23,7 @@ class Exporter(Collector):
         self._values = values
 
     def collect(self) -> Iterator[Metric]:
-        share = GaugeMetricFamily("metafleet_share", "Share of the last window's answers.", labels=["worker"])
+        share = GaugeMetricFamily("metafleet_share", "Share of the last meta-iteration's answers.", labels=["worker"])
         for tag, value in dict(self._values).items():
             group, _, name = tag.partition("/")
             metric = re.sub(r"\W", "_", f"metafleet_{tag}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from cluster.config import Run
 from cluster.dispatch import Dispatcher, Shards
 from cluster.journal import Unwritten
 from cluster.ledger import Ledger
+from cluster.policies import Deadlines, Synchronous
 from cluster.teachers import write_index, written
 from cluster.worker import Recipe, set_up_torch
 from envs.base import TEACHERS
@@ -27,6 +28,8 @@ from learners.purer.schooling import School, Schooling
 from learners.resnet import ResNet
 
 log = logging.getLogger("metafleet")
+
+LONGEST = 86_400.0  # seconds that a teacher may take
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,19 @@ def train(run: Run, plan: Plan, folder: Path) -> list[tuple[str, float]]:
     """Train a pool on the image set of `run`, on its fleet, and write it to `folder`; (architecture, accuracy) of each."""
     if not isinstance(run.task, Episodes):
         raise ValueError(f"teachers are trained on images; {type(run.task).__name__} has none")
-    run.task.source.prepare()
-    lessons = Lessons(run.task.source, plan.count, plan.ways, plan.overlapping, seed=run.seed)
+    source = run.task.source
+    source.prepare()
+    lessons = Lessons(source, plan.count, plan.ways, plan.overlapping, seed=run.seed)
+    mean, std = lessons.statistics()
+    lessons = replace(lessons, mean=mean, std=std)
     specs = [plan.architectures[i % len(plan.architectures)] for i in range(plan.count)]
     models = [_built(spec, run, plan.ways, i) for i, spec in enumerate(specs)]
     school = School(tuple(models), tuple(isinstance(s, ResNet) for s in specs), plan.schooling)
-    recipe = Recipe(lessons, MAML(), Supervised(models[0], "cross_entropy"), school, seed=run.seed, execution="loop", threads=run.threads)
+    recipe = Recipe(lessons, MAML(), Supervised(models[0], "cross_entropy"), school, seed=run.seed, execution="loop", device=run.device,
+                    threads=run.threads)  # fmt: skip
     set_up_torch(run.threads, "cpu")
-    names, entries = run.task.source.load().index.classes, []
-    mean, std = lessons.statistics()
+    run = replace(run, policy=Synchronous(deadlines=Deadlines(floor=LONGEST, first=LONGEST)))  # one shard is one teacher, start to end
+    names, entries = source.load().index.classes, []
     folder.mkdir(parents=True, exist_ok=True)
     with assemble.pool(run, recipe) as fleet:
         dispatcher = Dispatcher(fleet, Ledger(Unwritten()), max_attempts=run.policy.max_attempts)
@@ -67,7 +74,7 @@ def train(run: Run, plan: Plan, folder: Path) -> list[tuple[str, float]]:
             accuracy = float(result.rows["accuracy"])
             entries.append(written(folder, i, spec, result.total) | {"accuracy": accuracy, "classes": [names[c] for c in classes]})
             log.info("teacher %d of %d (%s): accuracy %.3f", i + 1, plan.count, entries[-1]["architecture"]["name"], accuracy)
-    write_index(folder, run.task.source.shape, plan.ways, mean, std, entries)
+    write_index(folder, source.shape, plan.ways, mean, std, entries)
     return [(e["architecture"]["name"], e["accuracy"]) for e in entries]
 
 

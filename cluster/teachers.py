@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -100,7 +101,10 @@ def beginning(pool: TeacherPool, spec: ModelSpec, params: Params, start: str) ->
     if start == "average":
         found = {k: torch.stack([pool.teachers[i].params[k] for i in alike]).mean(0) for k in params}
         return _same_shapes(found, params, start)
-    best = pool.teachers[max(alike, key=lambda i: pool.accuracy[i])].params
+    measured = [i for i in alike if math.isfinite(pool.accuracy[i])]
+    if not measured:
+        raise ValueError("outer.start='best': nobody measured the accuracy of a teacher of the model's architecture")
+    best = pool.teachers[max(measured, key=lambda i: pool.accuracy[i])].params
     return {k: v if k.startswith("head.") else best[k] for k, v in params.items()}
 
 
@@ -197,13 +201,21 @@ def _header(table: dict[str, Any], path: Path) -> tuple[tuple[int, int, int], in
 
 
 def together(pools: list[TeacherPool]) -> TeacherPool:
-    """Several pools as one. Raises ValueError where shapes or numbers of classes differ."""
+    """Several pools as one, in the first one's units. Raises ValueError where shapes or numbers of classes differ."""
     first = pools[0]
     for other in pools[1:]:
         if (other.shape, other.ways) != (first.shape, first.ways):
             raise ValueError(f"pools of {first.ways} classes of {first.shape} and of {other.ways} classes of {other.shape} do not mix")
-    every = range(len(pools))
     return replace(
-        first, teachers=tuple(t for i in every for t in pools[i].teachers), specs=tuple(s for i in every for s in pools[i].specs),
-        accuracy=tuple(a for i in every for a in pools[i].accuracy),
+        first, teachers=tuple(t for pool in pools for t in _in_units_of(first, pool)), specs=tuple(s for pool in pools for s in pool.specs),
+        accuracy=tuple(a for pool in pools for a in pool.accuracy),
     )  # fmt: skip
+
+
+def _in_units_of(first: TeacherPool, pool: TeacherPool) -> tuple[Teacher, ...]:
+    """(x·std₁ + mean₁ − mean)/std is what a teacher of another pool expects of an image x in the first one's units."""
+    if (pool.mean, pool.std) == (first.mean, first.std):
+        return pool.teachers
+    scale = tuple(a / b for a, b in zip(first.std, pool.std, strict=True))
+    offset = tuple((a - b) / c for a, b, c in zip(first.mean, pool.mean, pool.std, strict=True))
+    return tuple(replace(t, scale=scale, offset=offset) for t in pool.teachers)

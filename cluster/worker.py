@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cluster import seeds, wire
 from cluster.messages import Assignment, Broadcast
 from envs import store
-from envs.base import Arrays, HasFiles, HasFixedTasks, HasGroups, TaskDistribution
+from envs.base import HELD_OUT, Arrays, HasFiles, HasFixedTasks, HasGroups, TaskDistribution
 from learners import kernels, verbs
 from learners.base import GROUP, Data, Fixed, Learner, Objective, Outer, Params, Verb
 from learners.execution import Execution, Mode
@@ -66,7 +66,7 @@ class Recipe:
 
     def task(self, split: str, index: int, verb: Verb) -> Arrays:
         """Task `index` of `split`, complete for `verb`. Held-out tasks do not depend on the run's seed."""
-        seed = self.seed if split == "train" else self.evaluation_seed
+        seed = self.evaluation_seed if split in HELD_OUT else self.seed
         fixed = self.tasks.fixed(split, index) if isinstance(self.tasks, HasFixedTasks) else None
         data = self.tasks.sample(split, seeds.generator(seed, split, index, "task")) if fixed is None else dict(fixed)
         if isinstance(self.tasks, HasGroups) and self.groups():

@@ -28,6 +28,7 @@ class Clip(NamedTuple):
 
 
 SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
 TEACHERS, ADVERSARY = "teachers", "adversary"
 """Splits of data-free runs: one task per teacher; fresh episodes to be made harder."""
 

@@ -82,6 +82,10 @@ class Lessons:
     """Share of each class's images that measures accuracy and is not trained on."""
     seed: int = 0
     """Of the choice of classes."""
+    mean: tuple[float, ...] = ()
+    """Per channel: `statistics`, computed once."""
+    std: tuple[float, ...] = ()
+    """Per channel."""
 
     def __post_init__(self) -> None:
         if self.teachers < 1 or self.ways < 2 or not 0 < self.held_back < 1:
@@ -102,16 +106,25 @@ class Lessons:
         return [sorted(chosen[i * self.ways : (i + 1) * self.ways]) for i in range(self.teachers)]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel, over all images that teachers are trained on."""
-        pixels = np.concatenate([self._images(c)[0] for classes in self.classes() for c in classes])
-        return tuple(map(float, pixels.mean((0, 2, 3)))), tuple(map(float, pixels.std((0, 2, 3))))
+        """Mean and standard deviation per channel, over all images that teachers are trained on; class by class, for memory's sake."""
+        count, total, square = 0, np.zeros(self.source.shape[0]), np.zeros(self.source.shape[0])
+        for label in (c for classes in self.classes() for c in classes):
+            x = self._images(label)[0].astype(np.float64)
+            count += x[:, 0].size
+            total += x.sum((0, 2, 3))
+            square += (x**2).sum((0, 2, 3))
+        mean = total / count
+        return tuple(map(float, mean)), tuple(map(float, np.sqrt(square / count - mean**2)))
+
+    def files(self) -> tuple[str, ...]:
+        return self.source.files()
 
     def sample(self, split: str, rng: np.random.Generator) -> Arrays:
         raise ValueError("lessons are fixed, one per teacher")
 
     def fixed(self, split: str, index: int) -> Arrays:
         """The lesson of teacher `index`."""
-        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in self.statistics())
+        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
         parts = [self._images(c) for c in self.classes()[index]]
         counts = [len(train) for train, _ in parts], [len(held) for _, held in parts]
         x, held = (np.concatenate([part[i] for part in parts]) for i in (0, 1))

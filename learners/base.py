@@ -20,6 +20,9 @@ Data: TypeAlias = dict[str, Tensor]
 Metrics: TypeAlias = dict[str, Tensor]
 
 
+CARRIED = "carry/"
+"""Prefix of rows that an outer step makes use of: they must be finite, and are not logged."""
+
 GROUP = "group"
 """Name of the array and the row that say of which kind a task is."""
 

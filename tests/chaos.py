@@ -197,6 +197,8 @@ class Chaos:
         assert state
         recipe = chaos_driver.recipe()
         attempts = balanced(run / "journal")
+        ended = sum(self.done[kind] for kind in ("driver killed", "driver told to stop", "disk full"))
+        assert attempts == 1 + ended, f"{attempts} drivers, {1 + ended} expected: some died by themselves; {self._last_words()}"
         if self.policy == "synchronous":
             calm = Driver(recipe, chaos_driver.theta(), LocalPool(recipe), self.folder / "calm", iterations=state.iteration,
                           meta_batch=chaos_driver.BATCH, shard=chaos_driver.SHARD,
@@ -213,7 +215,7 @@ class Chaos:
             everything = {
                 ("train", s, s + chaos_driver.SHARD) for s in range(0, state.work.following * chaos_driver.SHARD, chaos_driver.SHARD)
             }
-            rejected = {("train", r["start"], r["stop"]) for r in journal.read(run / "journal") if r["kind"] == "reject"}
+            rejected = {("train", r["start"], r["stop"]) for r in journal.read(run / "journal") if r["kind"] in ("reject", "quarantine")}
             lost, unknown = everything - set(shards) - missing - rejected, (set(shards) | missing) - everything
             assert not lost, f"{len(lost)} shards were lost, the first is {min(lost)}"
             assert not unknown, f"{len(unknown)} shards were never due, the first is {min(unknown)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,19 @@ def test_a_shard_that_is_never_finite_is_rejected_and_the_mean_is_over_the_rest(
     torch.testing.assert_close(meta.params["theta"], start()["theta"] - 0.1 * mean, rtol=1e-12, atol=1e-12)
     rejected = [r for r in journal.read(tmp_path / "journal") if r["kind"] == "reject"]
     assert [(r["start"], r["stop"]) for r in rejected] == [(2, 4)]
+
+
+def test_a_rejected_shard_ends_once_in_the_journal(tmp_path: Path) -> None:
+    recipe = quadratic_recipe()
+    pool = ScriptedPool(recipe, lambda c: [non_finite(c)] if c.ticket == 1 else [c])
+    Driver(recipe, start(), pool, tmp_path, iterations=2, meta_batch=20, shard=2, evaluation=FEW).run()
+    ended = Counter()
+    for record in journal.read(tmp_path / "journal"):
+        ended.update(
+            record["tickets"] if record["kind"] in ("apply", "abandon") else [record["ticket"]] if record["kind"] == "reject" else []
+        )
+    assert ended
+    assert set(ended.values()) == {1}
 
 
 def test_too_many_rejections_stop_the_run_which_can_be_resumed(tmp_path: Path) -> None:

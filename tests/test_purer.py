@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cluster import assemble, config, school, teachers
+from cluster import assemble, config, guard, school, teachers, wire
+from cluster.aggregate import is_finite
 from cluster.checkpoint import Checkpoints
 from cluster.config import Run
 from cluster.driver import Driver, digest
 from cluster.evaluate import Evaluation
+from cluster.messages import Assignment
 from cluster.pool import LocalPool, Pool
 from envs import store
+from envs.base import HasFiles
 from envs.glyphs import Glyphs
-from learners.base import Meta, Share, pack
+from learners.base import Meta, Sum, pack
 from learners.derivative import differentiate
 from learners.kernels import BatchNorm
 from learners.maml import MAML
@@ -69,22 +72,19 @@ def test_rolling_is_torchs_roll() -> None:
 
 
 def test_the_inversion_gradient_of_a_linear_softmax_teacher() -> None:
-    """∂CE/∂x = Wᵀ(p − e_y)/n."""
+    """∂CE/∂x = Wᵀ(p − e_y)/n, in the units of D where the teacher has others."""
     generator = torch.Generator().manual_seed(0)
     model = functional(nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double())
-    teacher = Teacher(model, model.params(), 3)
     x, y = torch.randn(4, 1, 2, 3, dtype=torch.float64, generator=generator), torch.tensor([0, 2, 1, 1])
-    only_ce = Inversion(tv=0.0, l2=0.0, features=0.0)
-
-    def loss(p):
-        logits, _ = teacher.model.inspect(teacher.params, p["x"], FROZEN)
-        return F.cross_entropy(logits, y)
-
-    got = differentiate(loss, {"x": x}, False)[0]["x"].flatten(1)
-    p = torch.softmax(model(model.params(), x), 1)
-    wanted = (p - F.one_hot(y, 3)) @ model.params()["1.weight"] / 4
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
-    assert only_ce.features == 0
+    only_ce, still = Inversion(tv=0.0, l2=0.0, features=0.0), torch.tensor([0, 0])
+    for teacher, scale, offset in (
+        (Teacher(model, model.params(), 3), 1.0, 0.0),
+        (Teacher(model, model.params(), 3, (2.0,), (0.5,)), 2.0, 0.5),
+    ):
+        got = differentiate(lambda p, t=teacher: only_ce.loss(t, p["x"], y, still)[0], {"x": x}, False)[0]["x"].flatten(1)
+        p = torch.softmax(model(model.params(), scale * x + offset), 1)
+        wanted = scale * (p - F.one_hot(y, 3)) @ model.params()["1.weight"] / 4
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_inversion_adds_its_terms_with_their_weights() -> None:
@@ -148,7 +148,7 @@ def test_the_adversarial_gradient_through_a_network_against_finite_differences(s
     data = {"support_rows": torch.tensor([[0], [3]]), "query_rows": torch.tensor([[2, 1], [5, 4]])}
     theta = pack(model.params(), {})
     share = verb.run(theta, {"images": images}, data)
-    gradient = torch.zeros(6, 1, 16, 16, dtype=torch.float64).index_add_(0, share.row["which"], share.row["gradient"])
+    gradient = torch.zeros(6, 1, 16, 16, dtype=torch.float64).index_add_(0, share.row["carry/which"], share.row["carry/gradient"])
 
     def outer(d: torch.Tensor) -> float:
         task = episode(d, data)
@@ -260,6 +260,9 @@ def test_teachers_are_written_read_back_and_checked(pool_folder: Path, tmp_path:
     assert pool.shape == (1, 16, 16)
     assert pool.specs == (SMALL, ResNet(10, 4))
     lessons = school.Lessons(Glyphs(characters=60, size=16), 2, 3)
+    assert isinstance(lessons, HasFiles)  # nodes without the images are sent them
+    mean, std = lessons.statistics()
+    lessons = replace(lessons, mean=mean, std=std)
     lesson = lessons.fixed("teachers", 0)
     x, y = torch.from_numpy(lesson["held_x"]), torch.from_numpy(lesson["held_y"])
     right = (pool.teachers[0].model(pool.teachers[0].params, x, FROZEN).argmax(1) == y).double().mean()
@@ -324,6 +327,12 @@ def test_beginnings(pool_folder: Path, tmp_path: Path) -> None:
     best = teachers.beginning(two, SMALL, own, "best")
     assert torch.equal(best["block0.conv.weight"], pool.teachers[0].params["block0.conv.weight"])
     assert torch.equal(best["head.weight"], own["head.weight"])
+    unmeasured = replace(two, accuracy=(math.nan, 0.5))
+    chosen = teachers.beginning(unmeasured, SMALL, own, "best")
+    assert torch.equal(chosen["block0.conv.weight"], thrice.params["block0.conv.weight"])
+    other = replace(pool, mean=(0.1,), std=(0.4,))
+    moved = teachers.together([replace(pool, mean=(0.3,), std=(0.2,)), other]).teachers[2]
+    assert (moved.scale[0] * 1.5 + moved.offset[0]) == pytest.approx((1.5 * 0.2 + 0.3 - 0.1) / 0.4)
     with pytest.raises(ValueError, match="no teacher has the model's architecture"):
         teachers.beginning(pool, Conv4(), own, "average")
 
@@ -331,43 +340,69 @@ def test_beginnings(pool_folder: Path, tmp_path: Path) -> None:
 # --- runs ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_moves_images_by_adam_and_fires_once(pool_folder: Path, tmp_path: Path) -> None:
-    """D after one step is noise minus lr · sign-like Adam step of ∇L_EI, teacher by teacher; a firing changes some images only."""
-    run = data_free(pool_folder)
-    parts, params = assemble.recipe(run)
-    outer, objective = run.outer, parts.objective
-    assert isinstance(outer, Purer)
-    verbs = outer.verbs(run.learner, objective)
-    meta, seen = Meta(params, {}), {}
+class Reducing:
+    """A `reduce` over a recipe's tasks, here and now, that remembers what it returned."""
 
-    def reduce(verb, operand, *, over=None):
+    def __init__(self, run: Run, meta: Meta) -> None:
+        self.parts, self.meta, self.seen = assemble.recipe(run)[0], meta, {}
+        self.verbs = run.outer.verbs(run.learner, self.parts.objective)
+
+    def __call__(self, verb, operand, *, over=None) -> Sum:
         split, n = over or ("train", 2)
-        rows, total, weight = [], {}, 0.0
+        shares = []
         for i in range(n):
-            data = parts.tensors(parts.task(split, i, verbs[verb]))
-            share: Share = verbs[verb].run(pack(*meta), operand or {}, data)
-            rows.append(share.row)
-            weight += float(share.weight)
-            total = {k: total.get(k, 0) + v for k, v in share.total.items()}
-        seen[verb] = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
-        from learners.base import Sum
+            data = self.parts.tensors(self.parts.task(split, i, self.verbs[verb]))
+            shares.append(self.verbs[verb].run(pack(*self.meta), operand or {}, data))
+        total = {k: sum(s.total[k] for s in shares) for k in shares[0].total}
+        self.seen[verb] = {k: torch.stack([s.row[k] for s in shares]) for k in shares[0].row}
+        return Sum(total, sum(float(s.weight) for s in shares), dict(self.seen[verb]))
 
-        return Sum(total, weight, seen[verb])
 
+def test_a_step_moves_images_by_adam_and_against_the_learner_where_the_switch_fired(pool_folder: Path) -> None:
+    """D′ = Adam(D, g − λ·scatter(∇ L_outer)), written down again; the first step's noise is standard normal."""
+    run = data_free(pool_folder)
+    outer, (_, params) = run.outer, assemble.recipe(run)
+    assert isinstance(outer, Purer)
+    meta = Meta(params, {})
+    reduce = Reducing(run, meta)
     _, state, metrics = outer.step(meta, outer.init(meta), reduce)
-    noise, gradient = seen["noise"]["images"], seen["invert"]["gradient"]
+    noise, gradient = reduce.seen["noise"]["carry/images"], reduce.seen["invert"]["carry/gradient"]
     assert state["images"].shape == (2, 3, 4, 1, 16, 16)
     torch.testing.assert_close(state["images"], noise - 0.25 * gradient / (gradient.abs() + 1e-8), rtol=1e-5, atol=1e-5)
     assert abs(noise.mean()) < 0.1
     assert noise.std() == pytest.approx(1, abs=0.05)
     assert metrics["purer/fired"] == 0
     assert set(outer.shown(state)) == {"teacher_0", "teacher_1"}
+
     state["on"] = torch.ones((), dtype=torch.float64)
     _, after, metrics = outer.step(meta, state, reduce)
     assert metrics["purer/fired"] == 1
-    changed = (after["images"] - state["images"]).abs().sum((3, 4, 5)) > 0
-    assert changed.all()
-    assert len(seen["adversary"]["which"][0]) == 3 * 4
+    second, hard = reduce.seen["invert"]["carry/gradient"], reduce.seen["adversary"]
+    assert torch.equal(hard["carry/which"][0].sort().values, hard["carry/which"][0].unique())
+    assert len(hard["carry/which"][0]) == 3 * 4
+    for row, g in zip(hard["carry/which"][0], hard["carry/gradient"][0], strict=True):
+        second.view(-1, 1, 16, 16)[row] -= 10.0 * g
+    m = (0.9 * 0.1 * gradient + 0.1 * second) / (1 - 0.9**2)
+    v = (0.999 * 0.001 * gradient**2 + 0.001 * second**2) / (1 - 0.999**2)
+    torch.testing.assert_close(after["images"], state["images"] - 0.25 * m / (v.sqrt() + 1e-8), rtol=1e-4, atol=1e-4)
+
+
+def test_images_belong_to_the_run_and_not_to_its_evaluation(pool_folder: Path) -> None:
+    run = data_free(pool_folder)
+
+    def noise(changed: Run) -> torch.Tensor:
+        return Reducing(changed, Meta(assemble.recipe(changed)[1], {}))("noise", None, over=("teachers", 2)).rows["carry/images"]
+
+    same = replace(run, evaluation=replace(run.evaluation, seed=7))
+    assert torch.equal(noise(run), noise(same))
+    assert not torch.equal(noise(run), noise(replace(run, seed=1)))
+
+
+def test_gradients_of_images_that_are_not_finite_are_seen() -> None:
+    a = Assignment(0, 0, "invert", 0, None, "teachers", 0, 1, 0)
+    for value, wanted in ((1.0, True), (float("nan"), False)):
+        rows = {"carry/gradient": torch.full((1, 2), value), "inversion_loss": torch.full((1,), float("nan"))}
+        assert is_finite(wire.decode_sum(*wire.encode_sum(a, "w", 0.0, Sum({}, 1.0, rows)))) is wanted
 
 
 @pytest.mark.ray
@@ -437,5 +472,9 @@ def test_impossible_data_free_runs_are_refused(pool_folder: Path) -> None:
         assemble.recipe(replace(run, execution="vmap"))
     with pytest.raises(ValueError, match=r"the teachers take images of shape \(1, 16, 16\)"):
         assemble.recipe(replace(run, task=replace(run.task, source=Glyphs(size=28))))
+    with pytest.raises(ValueError, match="teachers are float32"):
+        assemble.recipe(replace(run, dtype="float64"))
+    with pytest.raises(ValueError, match="check wants tasks with data"):
+        guard.check(run)
     with pytest.raises(ValueError, match="wants a data-free task"):
         Purer().verbs(MAML(), assemble.recipe(replace(config.load("glyphs"), execution="loop"))[0].objective)

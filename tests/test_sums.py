@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster import assemble, config, journal, wire
 from cluster.asynchronous import Asynchronous
+from cluster.dispatch import RunStopped
 from cluster.driver import Driver, digest
 from cluster.evaluate import Evaluation
 from cluster.messages import Contribution, Event, Lost, Vector
@@ -127,3 +128,8 @@ def test_a_ray_fleet_that_adds_by_itself_gives_the_drivers_bits(tmp_path: Path) 
         pool.close()
     assert thetas[0] == thetas[1]
     assert torch.tensor([v.numel() for v in params.values()]).sum() > 51_200
+
+
+def test_sums_that_are_lost_again_and_again_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match="5 sums in a row were lost where they were made; the last time: node gone"):
+        train(quadratic_recipe(), tmp_path, Fetches(100))

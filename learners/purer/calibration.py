@@ -57,7 +57,7 @@ class Calibration:
 
     def __call__(self, objective: Supervised, params: Params, data: Data, lr: float) -> Params:
         """ψ after calibration, from ψ after the inner loop; `data` has the support set and `noise` that Ŝ begins from."""
-        ways = int(data["support_y"].max()) + 1
+        ways = len(data["noise"]) // self.per_class
         labels = torch.arange(ways, device=data["noise"].device).repeat_interleave(self.per_class)
         images = self._inverted(objective, params, data["noise"], labels)
         body, head = partition(params, HEAD)[::-1]

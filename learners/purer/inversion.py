@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,21 @@ class Teacher:
     model: Functional
     params: Params
     ways: int
+    scale: tuple[float, ...] = ()
+    """Per channel: the teacher's units are scale · x + offset, x in the units of D; empty: they are the same."""
+    offset: tuple[float, ...] = ()
+    """Per channel."""
+
+    def inspect(self, images: Tensor) -> tuple[Tensor, Params]:
+        """Logits, and mean and biased variance of what reaches each BatchNorm layer, for images in the units of D."""
+        if self.scale:
+            scale, offset = (images.new_tensor(v)[:, None, None] for v in (self.scale, self.offset))
+            images = scale * images + offset
+        return self.model.inspect(self.params, images, FROZEN)
 
     def to(self, device: str) -> Teacher:
         """The same on another device."""
-        return Teacher(self.model.to(device), {k: v.to(device) for k, v in self.params.items()}, self.ways)
+        return replace(self, model=self.model.to(device), params={k: v.to(device) for k, v in self.params.items()})
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Inversion:
     def loss(self, teacher: Teacher, images: Tensor, labels: Tensor, shift: Tensor) -> tuple[Tensor, Metrics]:
         """L_EI of images [n, c, h, w] with labels [n], rolled by `shift` [2] pixels; and its terms, unweighted."""
         rolled = roll(images, shift)
-        logits, seen = teacher.model.inspect(teacher.params, rolled, FROZEN)
+        logits, seen = teacher.inspect(rolled)
         terms = {
             "classification": F.cross_entropy(logits, labels), "total_variation": total_variation(rolled),
             "norm": norm(rolled), "features": feature_distance(seen, teacher.params),
@@ -81,7 +92,8 @@ def total_variation(images: Tensor) -> Tensor:
 
 def feature_distance(seen: Params, running: Params) -> Tensor:
     """Σ over BatchNorm layers of ‖μ(x̂) − μ̂‖₂ + ‖σ²(x̂) − σ̂²‖₂: per channel over batch and space, the variance biased."""
-    return torch.stack([norm(value - running[name]) for name, value in seen.items()]).sum()
+    each = [norm(value - running[name]) for name, value in seen.items()]
+    return torch.stack(each).sum() if each else torch.zeros(())
 
 
 def norm(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,14 @@ class DataFree(Supervised):
     """Images of D per class of a teacher."""
     shape: tuple[int, int, int] = (3, 32, 32)
     """(channels, height, width) of an image."""
+
+    def summary(self) -> str:
+        """Loss and normalisation, and which teachers they are: a hash of all their weights."""
+        seen = hashlib.sha256()
+        for teacher in self.teachers:
+            for value in teacher.params.values():
+                seen.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return f"{super().summary()}, {len(self.teachers)} teachers {seen.hexdigest()[:12]}"
 
     def to(self, device: str) -> DataFree:
         """The same objective on another device."""

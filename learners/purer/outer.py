@@ -16,7 +16,7 @@ from torch import Tensor
 
 from envs.base import ADVERSARY, TEACHERS
 from learners import tree
-from learners.base import Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, unpack
+from learners.base import CARRIED, Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, unpack
 from learners.derivative import differentiate, differentiate_with
 from learners.inner import InnerLoop, is_plain
 from learners.optimisers import Adam
@@ -96,14 +96,16 @@ class Purer:
         """One step on D, and scalars to log."""
         adam = Adam()
         if "images" not in state:
-            images = reduce("noise", None, over=(TEACHERS, self.teachers)).rows["images"]
+            images = reduce("noise", None, over=(TEACHERS, self.teachers)).rows[CARRIED + "images"]
             state = state | {"images": images} | tree.with_prefix("adam", adam.init({"images": images}))
         images = state["images"]
         found = reduce("invert", {"images": images}, over=(TEACHERS, self.teachers))
-        gradient = found.rows["gradient"]
+        gradient = found.rows[CARRIED + "gradient"]
         if fired:
             hard = reduce("adversary", {"images": images}, over=(ADVERSARY, 1)).rows
-            gradient.flatten(0, 2).index_add_(0, hard["which"][0], hard["gradient"][0], alpha=-self.strength)
+            flat = gradient.flatten(0, 2)
+            flat = flat.index_add(0, hard[CARRIED + "which"][0], hard[CARRIED + "gradient"][0], alpha=-self.strength)
+            gradient = flat.view_as(images)
         moved, moments = adam.update({"images": images}, {"images": gradient}, tree.under("adam", state), self.inversion.lr)
         metrics = {f"purer/{k}": float(v.mean()) for k, v in found.rows.items() if k.startswith("inversion")}
         return state | moved | tree.with_prefix("adam", moments), metrics
@@ -122,7 +124,7 @@ def _shift(jitter: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np
 
 
 def _noise(at: Params, operand: Params, data: Data) -> Share:
-    return Share({}, data["noise"].new_ones(()), {"images": data["noise"]})
+    return Share({}, data["noise"].new_ones(()), {CARRIED + "images": data["noise"]})
 
 
 def _invert(objective: DataFree, inversion: Inversion) -> Callable[[Params, Params, Data], Share]:
@@ -135,7 +137,7 @@ def _invert(objective: DataFree, inversion: Inversion) -> Callable[[Params, Para
             lambda p: inversion.loss(teacher, p["x"].flatten(0, 1), labels, data["shift"]), {"x": images}
         )
         logged = {f"inversion_{k}": v for k, v in terms.items()} | {"inversion_loss": loss}
-        return Share({}, images.new_ones(()), {"gradient": grads["x"]} | logged)
+        return Share({}, images.new_ones(()), {CARRIED + "gradient": grads["x"]} | logged)
 
     return invert
 
@@ -153,7 +155,7 @@ def _episodes(learner: InnerLoop, objective: DataFree) -> Callable[[Params, Para
         """The learner's contribution from one pseudo-episode; D is a constant."""
         meta, task = unpack(at), episode(operand["images"], data)
         grads, loss, metrics = differentiate_with(lambda p: _outer_loss(learner, objective, Meta(p, meta.slots), task), meta.params)
-        return Share(pack(grads, meta.slots), loss.new_ones(()), metrics | {"grad_norm": tree.norm(grads)})
+        return Share(pack(grads, learner.slots(meta, objective, task)), loss.new_ones(()), metrics | {"grad_norm": tree.norm(grads)})
 
     return episodes
 
@@ -165,6 +167,7 @@ def _adversary(learner: InnerLoop, objective: DataFree) -> Callable[[Params, Par
         moving = {k: task[k] for k in ("support_x", "query_x")}
         grads, _ = differentiate(lambda x: _outer_loss(learner, objective, meta, task | x)[0], moving, False)
         which = torch.cat([data["support_rows"].flatten(), data["query_rows"].flatten()])
-        return Share({}, moving["query_x"].new_ones(()), {"which": which, "gradient": torch.cat([grads["support_x"], grads["query_x"]])})
+        both = torch.cat([grads["support_x"], grads["query_x"]])
+        return Share({}, both.new_ones(()), {CARRIED + "which": which, CARRIED + "gradient": both})
 
     return adversary

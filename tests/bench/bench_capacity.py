@@ -159,8 +159,8 @@ def plot(rates: dict[str, dict[tuple[int, int], float]], costs: dict[str, Any], 
             axis.plot(WORKERS, [points[size, w] for w in WORKERS], "o", color=f"C{i}", label=f"{size:,} parameters")
         axis.axvline(FITTED, color="gray", linewidth=0.7, linestyle=":")
         axis.set(xscale="log", yscale="log", xlabel="workers", title=f"added by the {sums}")
-    figure.axes[0].set_ylabel("contributions a second (line: model, fitted left of the dots)")
-    figure.axes[0].legend(fontsize="small")
+    figure.axes[0].set_ylabel("contributions a second (line: model)")
+    figure.axes[0].legend(fontsize="small", loc="lower left")
     figure.savefig(out, dpi=110)
 
 

@@ -40,8 +40,9 @@ class Hosts:
 
     can_cut = True
 
-    def __init__(self, folder: Path, hosts: int, cpus: int = 1) -> None:
-        self.folder, self.cpus = folder, cpus
+    def __init__(self, folder: Path, hosts: int, cpus: int = 1, dashboard: bool = False) -> None:
+        """`dashboard`: on the head, at port 8265, where jobs are submitted."""
+        self.folder, self.cpus, self.dashboard = folder, cpus, dashboard
         self._starts = 0
         self.environment = os.environ | NERVOUS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         self.address = f"{NETWORK}.10:{PORT}"
@@ -59,11 +60,12 @@ class Hosts:
         self._starts += 1
         folder = self.folder / f"n{self._starts}"
         folder.mkdir(parents=True)
-        role = ["--head", f"--port={PORT}", "--include-dashboard=false"] if host == 0 else [f"--address={self.address}"]
+        head = ["--head", f"--port={PORT}", f"--include-dashboard={str(self.dashboard).lower()}"]
+        role = head if host == 0 else [f"--address={self.address}"]
         command = [*RAY, "start", *role, f"--node-ip-address={NETWORK}.{10 + host}", f"--num-cpus={0 if host == 0 else self.cpus}",
                    "--object-store-memory=100000000", "--disable-usage-stats", "--block"]  # fmt: skip
         if host == 0:
-            command.append(f"--temp-dir={folder}")
+            command += [f"--temp-dir={folder}", "--dashboard-host=0.0.0.0"]
         log = open(folder / "log", "wb")  # noqa: SIM115
         subprocess.Popen(self.command(command, host), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                          env=self.environment)  # fmt: skip

@@ -97,8 +97,4 @@ def is_finite(contribution: Contribution) -> bool:
     if not all(np.isfinite(v).all() for name, v in contribution.rows.items() if name.startswith(CARRIED)):
         return False
     vector = contribution.vector
-    if not isinstance(vector, np.ndarray):
-        return contribution.finite
-    # A sum is one pass without temporaries; only where it is not finite does the slow test decide.
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(vector.sum()) or np.isfinite(vector).all())
+    return wire.is_finite(vector) if isinstance(vector, np.ndarray) else contribution.finite

@@ -12,7 +12,7 @@ import torch
 
 from cluster.dispatch import Dispatcher, Round, RunStopped, Shards
 from cluster.messages import Lost
-from cluster.policies import Batch, Deadlines, Step, Stepper, Work, check_limits, logged, times
+from cluster.policies import Batch, Limits, Step, Stepper, Work, logged, times
 from learners import tree
 from learners.base import GROUP, Meta, OneRound, Outer, Params, Sum, pack
 
@@ -30,7 +30,7 @@ class Late(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asynchronous:
+class Asynchronous(Limits):
     """Step after every `buffer` contributions, whoever they are from; no worker ever waits for another.
 
     A contribution computed at version v and applied at version v + s has staleness s. With wᵢ = (1 + sᵢ)^−power and nᵢ its
@@ -53,17 +53,9 @@ class Asynchronous:
     """How much of the mean weight the step's rate takes."""
     compensation: float = 0.0
     """λ of delay compensation; 0: none."""
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    """When a shard is late."""
-    max_attempts: int = 5
-    """Attempts at a shard before the run stops."""
-    max_rejected: float = 0.1
-    """Share of the last hundred shards that may be rejected as not finite before the run stops."""
-    quarantine: int = 3
-    """Workers that may die of a shard before it is given up."""
 
     def __post_init__(self) -> None:
-        check_limits(self.max_attempts, self.max_rejected, self.quarantine)
+        super().__post_init__()
         for name in ("buffer", "in_flight", "max_staleness", "power", "damping", "compensation"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more wanted")
@@ -199,9 +191,8 @@ class Flow:
     def _take(self, under: _Under) -> None:
         """Put into the buffer what has arrived, if it can still be had."""
         try:
-            under.total = under.round.total()
+            under.total = self.dispatcher.collect(under.round)
         except Lost as error:
-            self.dispatcher.lost(error)
             self._send_back(under, str(error))
         else:
             self._buffer.append(under)

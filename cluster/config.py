@@ -218,11 +218,14 @@ def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
 
 def beginnings(name: str) -> dict[str, str]:
     """Runs of a comparison that begin from the θ of another one (`init_from` in their table), which must stand before them."""
-    variants = list(read(name).get(VARIANTS, {}).items())
-    found = {variant: str(differences[BEGINNING]) for variant, differences in variants if BEGINNING in differences}
-    for i, (variant, _) in enumerate(variants):
-        if variant in found and found[variant] not in [v for v, _ in variants[:i]]:
-            raise ValueError(f"{VARIANTS}.{variant}.{BEGINNING}={found[variant]!r}: a run that stands before it wanted")
+    found: dict[str, str] = {}
+    before: list[str] = []
+    for variant, differences in read(name).get(VARIANTS, {}).items():
+        if BEGINNING in differences:
+            found[variant] = differences[BEGINNING]
+            if found[variant] not in before:
+                raise ValueError(f"{VARIANTS}.{variant}.{BEGINNING}={found[variant]!r}: a run that stands before it wanted")
+        before.append(variant)
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.aggregate import Tree, is_finite
+from cluster.experience import Usual
 from cluster.ledger import Ledger
 from cluster.messages import Assignment, Contribution, Event, Failure, FleetEvent, Lost
 from cluster.pool import Pool
@@ -20,8 +20,6 @@ from envs.base import HELD_OUT
 from learners.base import CARRIED, Params, Sum
 
 log = logging.getLogger("metafleet")
-
-MEASURED = 64  # shard times per verb that the median is taken of
 
 
 class RunStopped(RuntimeError):
@@ -86,7 +84,7 @@ class Dispatcher:
         self._background_last = False
         self._killed: Counter[int] = Counter()  # ticket → workers that died while at it
         self._since: dict[int, float] = {}  # ticket → when it first went out
-        self._seconds: dict[str, deque[float]] = {}  # verb → what shards took lately, from going out to their answer
+        self._usual = Usual()  # from going out to the answer
         self.shares: Counter[str] = Counter()
         """Answers by worker, since it was last cleared."""
 
@@ -140,19 +138,21 @@ class Dispatcher:
             while not wanted.done:
                 self.pump(1.0)
             try:
-                total = wanted.total()
+                return self.collect(wanted)
             except Lost as error:
-                self.lost(error)
                 self._repeat(wanted, str(error))
-            else:
-                self._lost = 0
-                return total
 
-    def lost(self, error: Lost) -> None:
-        """A sum that had stayed elsewhere is gone. Raises RunStopped where that happens again and again."""
-        self._lost += 1
-        if self._lost >= self.max_attempts:
-            raise RunStopped(f"{self._lost} sums in a row were lost where they were made; the last time: {error}") from error
+    def collect(self, done: Round) -> Sum:
+        """The sum of a round that is done. Raises Lost where it stayed elsewhere and is gone, RunStopped where that goes on and on."""
+        try:
+            total = done.total()
+        except Lost as error:
+            self._lost += 1
+            if self._lost >= self.max_attempts:
+                raise RunStopped(f"{self._lost} sums in a row were lost where they were made; the last time: {error}") from error
+            raise
+        self._lost = 0
+        return total
 
     @property
     def queued(self) -> int:
@@ -167,10 +167,7 @@ class Dispatcher:
             self._background_last = not self._queues[0]
             assignment = self._queues[self._background_last].popleft()
             if assignment.ticket in self._rounds:  # else an earlier attempt was answered after all
-                assignment = replace(assignment, oldest=min(self._handles, default=0))
-                self.ledger.dispatch(assignment)
-                self._since.setdefault(assignment.ticket, time.monotonic())
-                self.pool.submit(assignment)
+                self._send(assignment)
         self._back_up()
         for event in self.pool.poll(timeout):
             self._handle(event)
@@ -184,6 +181,12 @@ class Dispatcher:
         self._background.clear()
         self._suspects.clear()
         self._since.clear()
+
+    def _send(self, assignment: Assignment) -> None:
+        assignment = replace(assignment, oldest=min(self._handles, default=0))
+        self.ledger.dispatch(assignment)
+        self._since.setdefault(assignment.ticket, time.monotonic())
+        self.pool.submit(assignment)
 
     def _enqueue(self, assignment: Assignment) -> None:
         queue = self._queues[assignment.ticket in self._background]
@@ -203,7 +206,7 @@ class Dispatcher:
 
     def _retry(self, failure: Failure) -> None:
         assignment = self.ledger.open[failure.ticket]
-        where = f"tasks {assignment.start}–{assignment.stop - 1} ({assignment.split}, {assignment.verb})"
+        where = _tasks(assignment)
         self._killed[failure.ticket] += failure.running and failure.kind != "error"
         if self._killed[failure.ticket] >= self.quarantine:
             self._quarantine(failure, where)
@@ -228,13 +231,11 @@ class Dispatcher:
             return
         now = time.monotonic()
         for ticket, a in list(self.ledger.open.items()):
-            usual = self._seconds.get(a.verb)
             if self.pool.free() <= 0:
                 return
-            if usual and a.attempt == 0 and a.split not in HELD_OUT and now - self._since[ticket] > self.backups * statistics.median(usual):
-                copy = replace(a, attempt=1, oldest=min(self._handles, default=0))
-                self.ledger.dispatch(copy)
-                self.pool.submit(copy)
+            usual = self._usual.of(a.verb) if a.attempt == 0 and a.split not in HELD_OUT else None
+            if usual is not None and now - self._since[ticket] > self.backups * usual:
+                self._send(replace(a, attempt=1))
 
     def _judge(self, answer: Contribution) -> None:
         ticket = answer.ticket
@@ -264,7 +265,7 @@ class Dispatcher:
 
     def _settle(self, answer: Contribution) -> None:
         verb, begun = self.ledger.open[answer.ticket].verb, self._since[answer.ticket]
-        self._seconds.setdefault(verb, deque(maxlen=MEASURED)).append(time.monotonic() - begun)
+        self._usual.add(verb, time.monotonic() - begun)
         self.shares[answer.worker] += 1
         round_ = self._close(answer.ticket)
         self.ledger.arrive(answer.ticket)
@@ -275,7 +276,7 @@ class Dispatcher:
         round_ = self._close(ticket)
         a = self.ledger.open[ticket]
         self.ledger.reject(ticket, "not finite, twice")
-        log.warning("tasks %d–%d (%s, %s) give numbers that are not finite; rejected", a.start, a.stop - 1, a.split, a.verb)
+        log.warning("%s give numbers that are not finite; rejected", _tasks(a))
         self._go_without(
             round_, ticket,
             f"{round_.rejected + 1} of {round_.shards.count} shards of {a.verb!r} are not finite (more than {self.max_rejected:.0%}): "
@@ -294,3 +295,7 @@ class Dispatcher:
         self._since.pop(ticket, None)
         self._killed.pop(ticket, None)
         return self._rounds.pop(ticket)
+
+
+def _tasks(a: Assignment) -> str:
+    return f"tasks {a.start}–{a.stop - 1} ({a.split}, {a.verb})"

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,10 +43,9 @@ class Node:
     """$OMP_NUM_THREADS."""
 
 
-def look(tasks: TaskDistribution | None) -> Node:
+def look(tasks: TaskDistribution) -> Node:
     """Run on each node."""
-    files = data_files(tasks) if tasks is not None else {}
-    return Node(place(), environment(), files, time.time(), os.environ.get("OMP_NUM_THREADS", ""))
+    return Node(place(), environment(), data_files(tasks), time.time(), os.environ.get("OMP_NUM_THREADS", ""))
 
 
 def examine(run: Run, directory: Path) -> Iterator[Finding]:
@@ -86,18 +85,18 @@ def _directory(directory: Path) -> Finding:
             probe = Path(folder) / "probe"
             write_atomically(probe, b"one")
             write_atomically(probe, b"two")
-            exclusive = os.open(Path(folder) / "lease", os.O_CREAT | os.O_EXCL)
-            os.close(exclusive)
-            if probe.read_bytes() != b"two" or not _refused(lambda: os.open(Path(folder) / "lease", os.O_CREAT | os.O_EXCL)):
+            if probe.read_bytes() != b"two" or not _exclusive(Path(folder) / "lease"):
                 return Finding("wrong", f"{directory}: files are not replaced or created as they should be", "use another file system")
     except OSError as error:
         return Finding("wrong", f"{directory} cannot be written ({error.strerror})", "--dir another place, or mend its permissions")
     return Finding("ok", f"{directory} is writable, renames in one step and creates exclusively")
 
 
-def _refused(create: Callable[[], int]) -> bool:
+def _exclusive(lease: Path) -> bool:
+    """Whether a file can be created once only."""
+    lease.touch(exist_ok=False)
     try:
-        os.close(create())
+        lease.touch(exist_ok=False)
     except FileExistsError:
         return True
     return False

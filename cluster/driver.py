@@ -218,8 +218,8 @@ class Driver:
         self._status("finished", now=True)
 
     def _stop(self, state: str) -> None:
-        # An evaluation under way cannot be carried over, but the state it began from can: a few iterations are computed again.
         self.dispatcher.abandon()
+        # An evaluation under way cannot be carried over, but the state it began from can: a few iterations are computed again.
         due = replace(self._pending.state, evaluation_due=True) if self._pending else self._snapshot()
         self._pending = None
         self._status(state, now=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cluster.messages import Assignment
-from cluster.policies import Deadlines
+
+if TYPE_CHECKING:
+    from cluster.policies import Deadlines
 
 K = TypeVar("K", bound=Hashable)
 
@@ -16,6 +18,21 @@ IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never 
 STICKY = 4  # as many where the worker has run just these tasks before: what it remembers of them saves more than waiting costs
 REMEMBERED = 4096
 MEASURED = 64  # shard times per verb that the median is taken of
+
+
+class Usual:
+    """Medians of what shards took lately, by verb."""
+
+    def __init__(self) -> None:
+        self._times: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MEASURED))
+
+    def add(self, verb: str, seconds: float) -> None:
+        """One more shard."""
+        self._times[verb].append(seconds)
+
+    def of(self, verb: str) -> float | None:
+        """The median; None before the first."""
+        return statistics.median(self._times[verb]) if verb in self._times else None
 
 
 class Experience:
@@ -26,7 +43,7 @@ class Experience:
         self._ran: OrderedDict[tuple[str, int, int], str] = OrderedDict()  # task range → who last ran it
         self._asked: OrderedDict[int, str] = OrderedDict()  # ticket → who was last asked
         self._known: defaultdict[str, set[str]] = defaultdict(set)  # worker → verbs it has run: their next shard needs no compilation
-        self._times: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MEASURED))
+        self._usual = Usual()
 
     def choose(self, assignment: Assignment, loads: Mapping[str, int]) -> str:
         """Whom to give `assignment`, of workers with so many shards each; at least one must have room."""
@@ -44,7 +61,7 @@ class Experience:
     def answered(self, worker: str, assignment: Assignment, seconds: float) -> None:
         """A worker finished a shard, in so many seconds of its own."""
         if assignment.verb in self._known[worker]:
-            self._times[assignment.verb].append(seconds)
+            self._usual.add(assignment.verb, seconds)
         self._known[worker].add(assignment.verb)
         _remember(self._ran, (assignment.split, assignment.start, assignment.stop), worker)
 
@@ -54,10 +71,10 @@ class Experience:
 
     def deadline(self, worker: str, verb: str) -> float:
         """Seconds that a worker may take for a shard of a verb."""
-        times = self._times.get(verb)
-        if verb not in self._known[worker] or not times:
+        usual = self._usual.of(verb)
+        if verb not in self._known[worker] or usual is None:
             return self._limits.first
-        return max(self._limits.floor, self._limits.factor * statistics.median(times))
+        return max(self._limits.floor, self._limits.factor * usual)
 
 
 def _remember(table: OrderedDict[K, str], key: K, worker: str) -> None:

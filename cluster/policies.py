@@ -97,23 +97,37 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
-class Synchronous:
-    """Each round waits for the whole meta-batch; the result does not depend on the fleet."""
+class Limits:
+    """What a policy puts up with."""
 
     deadlines: Deadlines = Deadlines()
     """When a shard is late."""
     max_attempts: int = 5
     """Attempts at a shard before the run stops."""
     max_rejected: float = 0.1
-    """Share of a round that may be rejected as not finite before the run stops."""
+    """Share of a round (asynchronously: of the last hundred shards) that may be rejected as not finite before the run stops."""
     quarantine: int = 3
     """Workers that may die of a shard before it is given up."""
+
+    def __post_init__(self) -> None:
+        if self.quarantine < 1:
+            raise ValueError(f"quarantine={self.quarantine}: at least 1 wanted")
+        if self.max_attempts < 1 or not 0 <= self.max_rejected <= 1:
+            raise ValueError(
+                f"max_attempts={self.max_attempts}, max_rejected={self.max_rejected}: at least 1 and a share from 0 to 1 wanted"
+            )
+
+
+@dataclass(frozen=True)
+class Synchronous(Limits):
+    """Each round waits for the whole meta-batch; the result does not depend on the fleet."""
+
     backups: float = 0.0
     """A shard out for this many times its verb's median is given to a second worker that has nothing to do, and the first answer
     counts; 0: never. Numbers do not change."""
 
     def __post_init__(self) -> None:
-        check_limits(self.max_attempts, self.max_rejected, self.quarantine)
+        super().__post_init__()
         if self.backups < 0:
             raise ValueError(f"backups={self.backups}: 0 or more wanted")
 
@@ -166,14 +180,6 @@ class Rounds:
 
     def work(self, version: int) -> Work:
         return Work(version * self.batch.shards)
-
-
-def check_limits(max_attempts: int, max_rejected: float, quarantine: int) -> None:
-    """Raise ValueError for limits that make no sense."""
-    if quarantine < 1:
-        raise ValueError(f"quarantine={quarantine}: at least 1 wanted")
-    if max_attempts < 1 or not 0 <= max_rejected <= 1:
-        raise ValueError(f"max_attempts={max_attempts}, max_rejected={max_rejected}: at least 1 and a share from 0 to 1 wanted")
 
 
 SUMMED = ("perf/", "count/")

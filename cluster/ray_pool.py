@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -77,6 +76,7 @@ class RayPool:
     """
 
     actor: type = _Actor
+    """The remote end."""
 
     def __init__(self, recipe: Recipe, workers: int = 2, *, least: int = 1, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
                  address: str = "local", sums: Literal["driver", "fleet"] = "driver", limits: Deadlines | None = None,
@@ -220,8 +220,7 @@ class RayPool:
             return wire.decode_sum(*ray.get(ref, timeout=FETCH_SECONDS))
         header, vector = ray.get(ref[0], timeout=FETCH_SECONDS), ref[1]
         answer = wire.decode_sum(header, Remote((vector,)))
-        numbers = sum(math.prod(shape) for _, shape in answer.layout)
-        if answer.finite and 2 * numbers > RETURNED_INLINE:
+        if answer.finite and 2 * wire.size(answer.layout) > RETURNED_INLINE:
             return answer
         return wire.decode_sum(header, ray.get(vector, timeout=FETCH_SECONDS))
 

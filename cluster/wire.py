@@ -62,9 +62,7 @@ def flatten(params: Params) -> tuple[Layout, Vector]:
 
 def unflatten(layout: Layout, vector: Vector, device: str = "cpu") -> Params:
     """Inverse of `flatten`. Every tensor has memory of its own: the vector may be a read-only view of shared memory."""
-    wanted = sum(math.prod(shape) for _, shape in layout)
-    if wanted != vector.size:
-        raise ValueError(f"a vector of {vector.size} numbers does not fit a layout of {wanted}")
+    check_size(layout, vector)
     params: Params = {}
     position = 0
     for name, shape in layout:
@@ -73,6 +71,24 @@ def unflatten(layout: Layout, vector: Vector, device: str = "cpu") -> Params:
         params[name] = kernels.channels_last(part.to(device))
         position += size
     return params
+
+
+def size(layout: Layout) -> int:
+    """Numbers that a layout has room for."""
+    return sum(math.prod(shape) for _, shape in layout)
+
+
+def check_size(layout: Layout, vector: Vector) -> None:
+    """Raise ValueError where a vector does not fit its layout."""
+    if vector.size != size(layout):
+        raise ValueError(f"a vector of {vector.size} numbers does not fit a layout of {size(layout)}")
+
+
+def is_finite(vector: Vector) -> bool:
+    """Whether every number is finite."""
+    # A sum is one pass without temporaries; only where it is not finite does the slow test decide.
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(vector.sum()) or np.isfinite(vector).all())
 
 
 def owned(array: NDArray[Any]) -> torch.Tensor:
@@ -125,8 +141,6 @@ def encode_sum(
 ) -> tuple[bytes, NDArray[Any]]:
     """A worker's answer. `compression` is of the total; what is kept per task travels as it is."""
     layout, vector = flatten(result.total)
-    with np.errstate(all="ignore"):
-        finite = bool(np.isfinite(vector.sum()) or np.isfinite(vector).all())
     rows = {name: pack_array(np.ascontiguousarray(value.detach().cpu().numpy())) for name, value in result.rows.items()}
     header = {
         "ticket": assignment.ticket,
@@ -136,7 +150,7 @@ def encode_sum(
         "weight": result.weight,
         "layout": layout,
         "rows": rows,
-        "finite": finite,
+        "finite": is_finite(vector),
     }
     return encode(header), compressed(vector) if compression == "bfloat16" else vector
 
@@ -146,9 +160,8 @@ def decode_sum(header: bytes, vector: NDArray[Any] | Elsewhere) -> Contribution:
     f = _HEADER.validate_python(decode(header))
     layout = _layout(f["layout"])
     if isinstance(vector, np.ndarray):
-        vector, wanted = restored(vector), sum(math.prod(shape) for _, shape in layout)
-        if vector.size != wanted:
-            raise ValueError(f"a vector of {vector.size} numbers does not fit a layout of {wanted}")
+        vector = restored(vector)
+        check_size(layout, vector)
     rows = {name: unpack_array(value) for name, value in f["rows"].items()}
     return Contribution(f["ticket"], f["attempt"], f["worker"], f["seconds"], f["weight"], layout, vector, rows, f["finite"])
 

@@ -56,17 +56,13 @@ class DataFree(Episodes):
         task = super().sample(split, rng)
         if not self.mean:
             return task
-        return task | {k: self._normalised(task[k]) for k in ("support_x", "query_x")}
+        return task | {k: _normalised(task[k], self.mean, self.std) for k in ("support_x", "query_x")}
 
     def _rows(self, rng: np.random.Generator) -> Arrays:
         """Which images of D, flattened over teachers, classes and images."""
         classes = rng.choice(self.teachers * self.teacher_ways, self.ways, replace=False)
         rows = np.stack([c * self.per_class + rng.permutation(self.per_class) for c in classes])
         return {"support_rows": rows[:, : self.shots], "query_rows": rows[:, self.shots :]}
-
-    def _normalised(self, x: Array) -> Array:
-        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
-        return np.asarray((x.astype(np.float32) - mean) / std, np.float32)
 
 
 @dataclass(frozen=True)
@@ -124,12 +120,11 @@ class Lessons:
 
     def fixed(self, split: str, index: int) -> Arrays:
         """The lesson of teacher `index`."""
-        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
         parts = [self._images(c) for c in self.classes()[index]]
         counts = [len(train) for train, _ in parts], [len(held) for _, held in parts]
-        x, held = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        x, held = (_normalised(np.concatenate([part[i] for part in parts]), self.mean, self.std) for i in (0, 1))
         y, held_y = (np.arange(self.ways).repeat(c) for c in counts)
-        return {"x": (x - mean) / std, "y": y, "held_x": (held - mean) / std, "held_y": held_y, "teacher": np.asarray(index)}
+        return {"x": x, "y": y, "held_x": held, "held_y": held_y, "teacher": np.asarray(index)}
 
     def _images(self, label: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(to train on, held back) of a class, in [0, 1]."""
@@ -138,3 +133,9 @@ class Lessons:
         x = images.images[rows.start : rows.stop] / np.float32(255)
         held = max(1, round(self.held_back * len(x)))
         return x[held:].astype(np.float32), x[:held].astype(np.float32)
+
+
+def _normalised(x: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """(x − mean)/std per channel, for images [n, c, h, w]."""
+    m, s = (np.asarray(v, np.float32)[:, None, None] for v in (mean, std))
+    return np.asarray((x.astype(np.float32) - m) / s, np.float32)

@@ -16,7 +16,7 @@ from learners.outer import Descent
 from learners.purer.calibration import DataFreeMAML
 from learners.reptile import Reptile
 
-COMPARISONS = [name for name in config.presets() if "runs" in tomllib.loads(config.find(name).read_text())]
+COMPARISONS = [name for name in config.presets() if config.VARIANTS in config.read(name)]
 
 
 @pytest.mark.parametrize("name", COMPARISONS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -199,17 +198,6 @@ def test_calibration_draws_real_features_to_the_inverted_ones_of_their_class() -
 
 
 # --- teachers -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before = os.environ.get("METAFLEET_DATA")
-    folder = tmp_path_factory.mktemp("data")
-    os.environ["METAFLEET_DATA"] = str(folder)
-    yield folder
-    del os.environ["METAFLEET_DATA"]
-    if before:
-        os.environ["METAFLEET_DATA"] = before
 
 
 @pytest.fixture(scope="module")

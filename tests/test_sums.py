@@ -133,3 +133,26 @@ def test_a_ray_fleet_that_adds_by_itself_gives_the_drivers_bits(tmp_path: Path) 
 def test_sums_that_are_lost_again_and_again_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match="5 sums in a row were lost where they were made; the last time: node gone"):
         train(quadratic_recipe(), tmp_path, Fetches(100))
+
+
+class EveryThird(Fetches):
+    """Loses every third vector."""
+
+    @property
+    def lost(self) -> int:
+        self.asked += 1
+        return int(self.asked % 3 == 0)
+
+    @lost.setter
+    def lost(self, value: int) -> None:
+        self.asked = getattr(self, "asked", 0)
+
+
+@pytest.mark.parametrize("policy", [None, Asynchronous(buffer=5, in_flight=5)])
+def test_losses_with_successes_in_between_are_not_in_a_row(tmp_path: Path, policy: Policy | None) -> None:
+    fetches = EveryThird()
+    _, driver = train(quadratic_recipe(), tmp_path, fetches, policy)
+    assert driver.iteration == 6
+    assert fetches.asked // 3 == driver.ledger.counts["dropped"] // (1 if policy else 5)
+    if policy:
+        assert driver.ledger.counts["dropped"] > 5

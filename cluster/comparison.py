@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import config, session
-from cluster.checkpoint import write_atomically
+from cluster.storage import Place, write_atomically
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Group:
         return {k: (float(v.mean()), 1.96 * float(v.std(ddof=1)) / np.sqrt(len(v))) for k, v in means.items()}
 
 
-def grouped(directories: list[Path]) -> list[Group]:
+def grouped(directories: Sequence[Place]) -> list[Group]:
     """Finished runs by configuration. Raises FileNotFoundError for one without results."""
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[Place]] = {}
     runs: dict[str, config.Run] = {}
     for directory in directories:
         if not (directory / "evaluation.json").exists():
@@ -108,7 +109,7 @@ def plot(groups: list[Group], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def _group(members: list[Path], run: config.Run) -> Group:
+def _group(members: list[Place], run: config.Run) -> Group:
     label = members[0].name if len(members) == 1 else f"{members[0].parent.name} ({len(members)} seeds)"
     if len(members) == 1 and label.startswith("seed-"):
         label = f"{members[0].parent.name}/{label}"

@@ -17,6 +17,7 @@ from cluster.catalog import CHOICES
 from cluster.checkpoint import Checkpointing
 from cluster.evaluate import Evaluation
 from cluster.policies import Policy, Synchronous
+from cluster.storage import Place, place
 from cluster.wire import Compression
 from envs.base import TaskFamily
 from envs.sinusoid import Sinusoid
@@ -136,6 +137,8 @@ class Run:
     """Who adds contributions up: the driver, or the nodes, by the same tree, so that one sum per round travels to it."""
     compression: Compression = "none"
     """Contributions on the wire: as computed, or rounded to bfloat16, half the bytes."""
+    straggler: float = 1.0
+    """How many times as long as it needs the first worker takes (it sleeps): for scaling experiments."""
     prometheus_port: int = 0
     """Serve the metrics of the driver here; 0: nowhere."""
     allow_mixed_fleet: bool = False
@@ -176,7 +179,7 @@ def load(name: str, overrides: dict[str, str] | None = None) -> Run:
     return run
 
 
-def read(name: str, extending: tuple[Path, ...] = ()) -> Table:
+def read(name: str, extending: tuple[Place, ...] = ()) -> Table:
     """The raw table of a preset or file, with what it extends merged in; a path in `extends` is relative to its file."""
     path = find(name, extending[-1].parent if extending else Path())
     if path in extending:
@@ -239,12 +242,13 @@ def spent(run: Run, what: str) -> int:
     return steps
 
 
-def find(name: str, folder: Path = Path()) -> Path:
-    """The file of a preset's name or of a path, relative to `folder`."""
+def find(name: str, folder: Place = Path()) -> Place:
+    """The file of a preset's name, or of a path (relative to `folder`) or URL."""
     if name.endswith(".toml"):
-        if not (folder / name).exists():
-            raise ValueError(f"RUN={folder / name}: no such file")
-        return folder / name
+        path = place(name) if "://" in name else folder / name
+        if not path.exists():
+            raise ValueError(f"RUN={path}: no such file")
+        return path
     path = PRESETS / f"{name}.toml"
     if not path.exists():
         raise ValueError(

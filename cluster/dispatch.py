@@ -42,7 +42,8 @@ class Round:
     def __init__(self, verb: str, at: int, operand: int | None, shards: Shards, tolerated: float) -> None:
         """`tolerated`: how many shards may be rejected before the run stops."""
         self.verb, self.at, self.operand, self.shards, self.tolerated = verb, at, operand, shards, tolerated
-        self.seconds = 0.0
+        self.busy: Counter[str] = Counter()
+        """Seconds that each worker spent on it."""
         self.clear()
 
     def clear(self) -> None:
@@ -269,7 +270,7 @@ class Dispatcher:
         self.shares[answer.worker] += 1
         round_ = self._close(answer.ticket)
         self.ledger.arrive(answer.ticket)
-        round_.seconds += answer.seconds
+        round_.busy[answer.worker] += answer.seconds  # type: ignore[assignment]  # typeshed: counters count
         round_.tree.add(round_.tickets[answer.ticket], answer)
 
     def _reject(self, ticket: int) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from cluster.checkpoint import write_atomically
 from cluster.config import Run
+from cluster.storage import Place, create, make_folder, write_atomically
 from cluster.worker import data_files, environment, place
 from envs.base import TaskDistribution
 
@@ -48,7 +46,7 @@ def look(tasks: TaskDistribution) -> Node:
     return Node(place(), environment(), data_files(tasks), time.time(), os.environ.get("OMP_NUM_THREADS", ""))
 
 
-def examine(run: Run, directory: Path) -> Iterator[Finding]:
+def examine(run: Run, directory: Place) -> Iterator[Finding]:
     """All findings, as they are made."""
     yield _directory(directory)
     yield _threads(run)
@@ -77,26 +75,30 @@ def examine(run: Run, directory: Path) -> Iterator[Finding]:
             ray_fleet.leave()
 
 
-def _directory(directory: Path) -> Finding:
-    """Writable, renames in one step, creates exclusively: what checkpoints and leases rely on."""
+def _directory(directory: Place) -> Finding:
+    """Writable, replaces in one step, creates exclusively: what checkpoints and leases rely on."""
+    probe, lease = (directory / f".doctor-{os.getpid()}-{name}" for name in ("probe", "lease"))
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".doctor-") as folder:
-            probe = Path(folder) / "probe"
+        make_folder(directory)
+        try:
             write_atomically(probe, b"one")
             write_atomically(probe, b"two")
-            if probe.read_bytes() != b"two" or not _exclusive(Path(folder) / "lease"):
-                return Finding("wrong", f"{directory}: files are not replaced or created as they should be", "use another file system")
+            fit = probe.read_bytes() == b"two" and _exclusive(lease)
+        finally:
+            for left in (probe, lease):
+                left.unlink(missing_ok=True)
     except OSError as error:
-        return Finding("wrong", f"{directory} cannot be written ({error.strerror})", "--dir another place, or mend its permissions")
-    return Finding("ok", f"{directory} is writable, renames in one step and creates exclusively")
+        return Finding("wrong", f"{directory} cannot be written ({error.strerror or error})", "--dir another place, or its permissions")
+    if not fit:
+        return Finding("wrong", f"{directory}: files are not replaced and created as they should be", "use another file system")
+    return Finding("ok", f"{directory} is writable, replaces files in one step and creates exclusively")
 
 
-def _exclusive(lease: Path) -> bool:
+def _exclusive(lease: Place) -> bool:
     """Whether a file can be created once only."""
-    lease.touch(exist_ok=False)
+    create(lease, b"")
     try:
-        lease.touch(exist_ok=False)
+        create(lease, b"")
     except FileExistsError:
         return True
     return False

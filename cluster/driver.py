@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from cluster.monitor import Monitor
 from cluster.policies import Batch, Policy, Step, Work
 from cluster.pool import Pool
 from cluster.report import Report, judge
+from cluster.storage import Mirror, Place, make_folder, place
 from cluster.worker import Recipe, environment, set_up_torch
 from learners import tree
 from learners.base import HasRates, Meta, Params, Shows, pack
@@ -42,7 +42,7 @@ class Driver:
     the run goes on from the newest good one.
     """
 
-    def __init__(self, recipe: Recipe, params: Params, pool: Pool, directory: str | Path, *, iterations: int, meta_batch: int,
+    def __init__(self, recipe: Recipe, params: Params, pool: Pool, directory: str | Place, *, iterations: int, meta_batch: int,
                  shard: int, policy: Policy = policies.DEFAULT, checkpoint: Checkpointing | None = None,
                  evaluation: Evaluation | None = None, allow_mixed_fleet: bool = False, lease: Lease | None = None,
                  prometheus_port: int = 0, hparams: dict[str, object] | None = None,
@@ -52,7 +52,7 @@ class Driver:
         """
         if iterations < 0 or shard < 1 or meta_batch < 1 or meta_batch % shard:
             raise ValueError(f"meta_batch={meta_batch} is not a positive multiple of shard={shard}")
-        self.recipe, self.pool, self.directory = recipe, pool, Path(directory)
+        self.recipe, self.pool, self.directory = recipe, pool, place(directory)
         self.iterations, self.meta_batch, self.shard, self.policy = iterations, meta_batch, shard, policy
         self.checkpoint = checkpoint or Checkpointing()
         self.evaluation = evaluation or Evaluation()
@@ -76,7 +76,7 @@ class Driver:
         ValueError where the directory holds another run; BlockingIOError where another driver owns it; Fenced where
         one took it over meanwhile; OSError where the journal or the last checkpoint cannot be written.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         with ExitStack() as stack:
             self.lease = self._lease or stack.enter_context(Lease(self.directory).held())
             stack.callback(self._open())
@@ -122,7 +122,7 @@ class Driver:
             self._restore(restored)
         path = self.directory / "journal"
         tickets, next_ticket = unfinished(path)
-        self.journal = Journal(path, lambda: self.lease.check(always=False))
+        self.journal = Journal(path, self.lease.check)
         self.ledger = Ledger(self.journal, max(next_ticket, restored.next_ticket if restored else 0))
         if restored:
             self.ledger.restore(restored.counts)
@@ -139,13 +139,15 @@ class Driver:
         )  # fmt: skip
         batch = Batch(self.meta_batch // self.shard, self.shard, self.recipe.groups())
         self.stepper = self.policy.begin(self.recipe.outer, self.dispatcher, batch, restored.work if restored else Work())
-        self.monitor = Monitor(self.directory, self.iteration, self.iterations, prometheus_port=self._prometheus_port)
+        self.mirror = Mirror(self.directory, self.lease.check, kept=("metrics.jsonl",))
+        self.monitor = Monitor(self.mirror.local, self.iteration, self.iterations, prometheus_port=self._prometheus_port)
         if restored and restored.evaluation_due:
             self._evaluate()
         self._status("running", now=True)
 
         def close() -> None:
             self.monitor.close()
+            self.mirror.close()
             self.journal.close()
 
         return close
@@ -174,8 +176,8 @@ class Driver:
         answers, shares = sum(self.dispatcher.shares.values()), self.dispatcher.shares
         fleet |= {f"share/{worker}": n / answers for worker, n in shares.items()}
         shares.clear()
-        waited = {"perf/waiting_s": max(0.0, len(self.workers) * step.metrics["perf/iteration_s"] - step.metrics["perf/compute_s"])}
-        self.monitor.scalars(self.iteration, step.metrics | (waited if self.workers else {}) | fleet, step.samples)
+        idle = policies.idle(len(self.workers), step.metrics)
+        self.monitor.scalars(self.iteration, step.metrics | idle | fleet, step.samples)
         self._status("running")
 
     def _every(self) -> int:
@@ -214,7 +216,7 @@ class Driver:
         state = self.checkpoints.best() if chosen else self._snapshot()
         results = judge(self.recipe, self.dispatcher, state, "test", self.evaluation.tasks, self.shard)
         self.lease.check()
-        Report(self.recipe, self.monitor, self.directory, self.evaluation.pictures).publish(state, results, self._hparams)
+        Report(self.recipe, self.monitor, self.mirror, self.evaluation.pictures).publish(state, results, self._hparams)
         self._status("finished", now=True)
 
     def _stop(self, state: str) -> None:

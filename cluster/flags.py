@@ -77,6 +77,35 @@ def _choices(words: list[str]) -> tuple[dict[str, str], list[str]]:
     return overrides, rest
 
 
+def taken(words: list[str], flag: str, default: str) -> tuple[str, list[str]]:
+    """(the value of `flag`, the other words): for a flag that means something else here than for a run."""
+    value, rest = default, []
+    waiting = iter(words)
+    for word in waiting:
+        if word == flag:
+            value = next(waiting, "")
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """1,2,4 as numbers. Raises ValueError for anything else."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ValueError(f"{name}={text!r}: numbers like 1,2,4 wanted")
+    return tuple(map(int, text.split(",")))
+
+
+def among(name: str, text: str, choices: tuple[str, ...]) -> tuple[Any, ...]:
+    """Words of a list like a,b. Raises ValueError for one that is not among `choices`."""
+    for part in text.split(","):
+        if part not in choices:
+            raise ValueError(f"{name}={text!r}: {' or '.join(choices)}, or several of them with commas, wanted")
+    return tuple(text.split(","))
+
+
 def leading(words: list[str]) -> tuple[str, list[str]]:
     """(the first word, the others), or "" and all of them where the first is a flag."""
     return (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)

@@ -6,19 +6,22 @@ import errno
 import logging
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, NotRequired, Protocol
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from cluster import wire
+from cluster.storage import Place, children, create, is_local, move
 
 log = logging.getLogger("metafleet")
 
 _FRAME = struct.Struct("<III")  # payload length, CRC-32 of the length, CRC-32 of the payload
+SEGMENT_BYTES, SEGMENT_SECONDS = 1 << 20, 10.0  # a segment is written once it is so large or so old
 
 
 class _Ticket(TypedDict):
@@ -56,36 +59,92 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
 class Journal:
     """Records are msgpack maps with a `kind`, each in a frame with its length and checksum.
 
-    A record cut off by a crash is removed when the file is opened again. A record that cannot be written stops the
-    run (OSError): what was not recorded did not happen.
+    On a disk they are one file, in an object store (which cannot append) a folder of segments, each of whole records. A record
+    cut off by a crash is removed when the file is opened again. A record that cannot be written stops the run (OSError): what was not
+    recorded did not happen.
     """
 
-    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
-        """`check` is called before anything is written and raises if this process no longer owns the run."""
+    def __init__(self, path: Place, check: Callable[[bool], None] = lambda always: None) -> None:
+        """`check` is called before anything is written and raises if this process no longer owns the run; it may look less often
+        unless it is told `always`.
+        """
         self._check, self._path = check, path
         end = _usable(path)
+        self._out: _Out = _File(path, end) if isinstance(path, Path) and not path.is_dir() else _Segments(path, lambda: check(True))
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one record; on a disk it survives this process, and anywhere the machine once `sync` returned."""
+        self._check(False)
+        payload = wire.encode({"kind": kind, **fields})
+        try:
+            self._out.append(_framed(payload))
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot write to {self._path} ({error.strerror or error}); the run stops and can be resumed"
+            ) from error
+
+    def sync(self) -> None:
+        """Force everything written so far to the disk or store."""
+        self._out.sync()
+
+    def close(self) -> None:
+        """Give the file back; nothing is written any more."""
+        self._out.close()
+
+
+class _Out(Protocol):
+    def append(self, frame: bytes) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _File:
+    def __init__(self, path: Path, end: int | None) -> None:
         # Unbuffered: what a full disk refused must not come back at the next write.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
         if end is not None:
             self._file.truncate(end)
 
-    def write(self, kind: str, **fields: Any) -> None:
-        """Append one record; it survives this process, and the machine once `sync` returned."""
-        self._check()
-        payload = wire.encode({"kind": kind, **fields})
-        try:
-            frame = _framed(payload)
-            if self._file.write(frame) < len(frame):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write to {self._path} ({error.strerror}); the run stops and can be resumed") from error
+    def append(self, frame: bytes) -> None:
+        if self._file.write(frame) < len(frame):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """Force everything written so far to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+class _Segments:
+    """Numbered objects, none of which is ever written twice."""
+
+    def __init__(self, folder: Place, check: Callable[[], None]) -> None:
+        self._folder, self._check = folder, check
+        self._waiting, self._since = bytearray(), time.monotonic()
+        self._number = len(children(folder))
+
+    def append(self, frame: bytes) -> None:
+        self._waiting += frame
+        if len(self._waiting) > SEGMENT_BYTES or time.monotonic() - self._since > SEGMENT_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        while self._waiting:
+            self._check()
+            try:
+                create(self._folder / f"{self._number:08d}", bytes(self._waiting))
+                self._waiting.clear()
+            except FileExistsError:
+                # A driver that we took over from wrote once more before it found out; a later one would have fenced us just now.
+                log.warning("%s has a segment %d of another driver", self._folder, self._number)
+            self._number += 1
+        self._since = time.monotonic()
+
+    def close(self) -> None:
+        pass
 
 
 class Unwritten(Journal):
@@ -98,36 +157,41 @@ class Unwritten(Journal):
         pass
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read(path: Place) -> Iterator[dict[str, Any]]:
     """Records in order, up to the end or to a record cut off there. Raises ValueError for damage before the end, and for
     records that are not ours.
     """
-    content = path.read_bytes()
+    content = _content(path)
     end, damaged = _scan(content)
     if damaged:
         raise ValueError(f"{path} is damaged at byte {end} of {len(content)}")
     yield from _records(content, end)
 
 
-def _usable(path: Path) -> int | None:
+def _content(path: Place) -> bytes:
+    """Everything written, b"" where there is nothing."""
+    if is_local(path) and not path.is_dir():
+        return path.read_bytes() if path.exists() else b""
+    return b"".join(segment.read_bytes() for segment in children(path))
+
+
+def _usable(path: Place) -> int | None:
     """How much of an existing journal to keep; one damaged in the middle is set aside whole."""
-    if not path.exists():
+    content = _content(path)
+    if not content:
         return None
-    content = path.read_bytes()
     end, damaged = _scan(content)
-    if damaged:
+    if damaged or (end < len(content) and not (is_local(path) and path.is_file())):  # a segment is never cut
         aside = path.with_name(f"{path.name}.damaged-{end}")
-        os.replace(path, aside)
+        move(path, aside)
         log.warning("%s was damaged at byte %d; set aside as %s, a new one is begun", path, end, aside.name)
         return None
     return end
 
 
-def unfinished(path: Path) -> tuple[list[int], int]:
+def unfinished(path: Place) -> tuple[list[int], int]:
     """(tickets dispatched and never settled, the first unused ticket) of a journal; ([], 0) where there is none."""
-    if not path.exists():
-        return [], 0
-    content = path.read_bytes()
+    content = _content(path)
     end, _ = _scan(content)
     waiting: set[int] = set()
     following = 0

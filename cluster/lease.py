@@ -10,10 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import write_atomically
+from cluster.storage import Place, children, create, make_folder, write_atomically
 
 log = logging.getLogger("metafleet")
 
@@ -33,7 +32,7 @@ class Lease:
     FRESH = 30.0  # seconds since the last renewal
     RENEW = 5.0
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Place) -> None:
         self.folder = directory / "lease"
         self.attempt = 0
         self._checked = 0.0
@@ -42,7 +41,7 @@ class Lease:
     @contextmanager
     def held(self, take_over: bool = False) -> Iterator[Lease]:
         """Own the directory inside. Raises BlockingIOError while another driver does, unless `take_over`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._acquire(take_over)
         renewal = threading.Thread(target=self._renew, daemon=True)
         renewal.start()
@@ -74,10 +73,9 @@ class Lease:
                 )
         self.attempt = highest + 1
         try:
-            os.close(os.open(self._path(self.attempt), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            create(self._path(self.attempt), _owner(time.time()))
         except FileExistsError as error:
             raise BlockingIOError(f"{self.folder.parent} was just taken by another driver") from error
-        self._write(time.time())
 
     def _renew(self) -> None:
         while not self._stopped.wait(self.RENEW):
@@ -90,8 +88,7 @@ class Lease:
             log.warning("cannot renew the lease on %s (%s)", self.folder.parent, error)
 
     def _write(self, renewed: float) -> None:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "renewed": renewed}
-        write_atomically(self._path(self.attempt), json.dumps(owner).encode())
+        write_atomically(self._path(self.attempt), _owner(renewed))
 
     def _holder(self, attempt: int) -> dict[str, Any]:
         try:
@@ -103,10 +100,14 @@ class Lease:
         return holder if isinstance(holder, dict) else {}
 
     def _highest(self) -> int:
-        return max((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), default=0)
+        return max((int(p.name) for p in children(self.folder) if p.name.isdigit()), default=0)
 
-    def _path(self, attempt: int) -> Path:
+    def _path(self, attempt: int) -> Place:
         return self.folder / f"{attempt:06d}"
+
+
+def _owner(renewed: float) -> bytes:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "renewed": renewed}).encode()
 
 
 def _alive(holder: dict[str, Any], fresh: float) -> bool:

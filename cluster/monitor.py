@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cluster import prometheus
-from cluster.checkpoint import write_atomically
+from cluster.storage import write_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,11 +42,10 @@ class Monitor:
 
         self.directory, self.iterations = directory, iterations
         self.every = every or max(1, iterations // 1000)
-        self.tensorboard = directory / "tensorboard"
         _truncate(directory / "metrics.jsonl", start)
         self._jsonl = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
         # purge_step (the first step to take back) from the very first writer on: TensorBoard ignores it where the first one had none.
-        self._writer = SummaryWriter(str(self.tensorboard), purge_step=start + 1)
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         self._events_failed = False
         self._window: dict[str, list[float]] = {}
         self._samples: dict[str, list[float]] = {}

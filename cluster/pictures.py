@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.checkpoint import write_atomically
+from cluster.storage import write_atomically
 from cluster.worker import Recipe
 from envs.base import Array, Arrays, Clip, HasFilm, HasPicture, Predict
 from learners.base import Data, Meta, Objective, Params, pack

@@ -148,14 +148,14 @@ class Rounds:
     batch: Batch
 
     def step(self, meta: Meta, state: Params, version: int) -> Step:
-        begin, compute = time.perf_counter(), 0.0
+        begin, compute, busiest = time.perf_counter(), 0.0, 0.0
         metrics: dict[str, float] = {}
         tickets: list[int] = []
         shards = Shards("train", version * self.batch.shards * self.batch.size, self.batch.shards, self.batch.size)
         dispatcher, at = self.dispatcher, self.dispatcher.publish(pack(*meta))
 
         def reduce(verb: str, operand: Params | None, *, over: tuple[str, int] | None = None) -> Sum:
-            nonlocal compute
+            nonlocal compute, busiest
             beside = dispatcher.publish(operand) if operand is not None else None
             asked = Shards(over[0], version * over[1], over[1], 1) if over else shards
             try:
@@ -165,9 +165,11 @@ class Rounds:
             finally:
                 if beside is not None:
                     dispatcher.release(beside)
-            compute += round_.seconds
+            seconds = float(round_.busy.total())
+            compute += seconds
+            busiest += max(round_.busy.values(), default=0.0)
             tickets.extend(t for t in round_.tickets if t in dispatcher.ledger.held)  # others were rejected: they have ended
-            metrics[f"perf/{verb}_s"] = metrics.get(f"perf/{verb}_s", 0.0) + round_.seconds
+            metrics[f"perf/{verb}_s"] = metrics.get(f"perf/{verb}_s", 0.0) + seconds
             metrics.update(logged(result))
             return result
 
@@ -175,7 +177,7 @@ class Rounds:
             meta, state, own = self.outer.step(meta, state, reduce)
         finally:
             dispatcher.release(at)
-        metrics |= own | times(metrics, time.perf_counter() - begin, compute, shards.count * shards.size)
+        metrics |= own | times(metrics, time.perf_counter() - begin, compute, shards.count * shards.size) | {"perf/busiest_s": busiest}
         return Step(meta, state, metrics, tickets)
 
     def work(self, version: int) -> Work:
@@ -201,6 +203,17 @@ def times(metrics: dict[str, float], seconds: float, compute: float, tasks: int)
     }
     rates = {f"perf/{name}_per_s": number / seconds for name, number in counted.items()}
     return {"perf/iteration_s": seconds, "perf/compute_s": compute} | rates
+
+
+def idle(workers: int, metrics: dict[str, float]) -> dict[str, float]:
+    """What became of the workers' time in which they did not compute, in seconds summed over them.
+
+    Waiting: until the busiest worker of each round was done; a step without rounds has none. Communication: the rest, in which messages
+    travel and the driver works.
+    """
+    compute = metrics["perf/compute_s"]
+    waiting = workers * metrics["perf/busiest_s"] - compute if "perf/busiest_s" in metrics else 0.0
+    return {"perf/waiting_s": waiting, "perf/communication_s": workers * metrics["perf/iteration_s"] - compute - waiting}
 
 
 DEFAULT: Policy = Synchronous()

@@ -34,8 +34,8 @@ INLINE = 256 << 10  # bytes of a broadcast that is sent with the first call of e
 class _Actor:
     """The remote end: a Worker, plus what is needed before there can be one."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        self._recipe, self._name = recipe, name
+    def __init__(self, recipe: Recipe, name: str, slower: float = 1.0) -> None:
+        self._recipe, self._name, self._slower = recipe, name, slower
         self._worker: Worker | None = None
 
     def hello(self) -> tuple[str, dict[str, str], dict[str, str]]:
@@ -47,7 +47,7 @@ class _Actor:
         store.install(file, lambda path: path.write_bytes(content.tobytes()))
 
     def run(self, message: bytes, at: Broadcast | None, operand: Broadcast | None) -> tuple[bytes, NDArray[Any]]:
-        self._worker = self._worker or Worker(self._recipe, self._name)
+        self._worker = self._worker or Worker(self._recipe, self._name, self._slower)
         return self._worker.run(message, at, operand)
 
 
@@ -80,10 +80,11 @@ class RayPool:
 
     def __init__(self, recipe: Recipe, workers: int = 2, *, least: int = 1, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
                  address: str = "local", sums: Literal["driver", "fleet"] = "driver", limits: Deadlines | None = None,
-                 variables: dict[str, str] | None = None) -> None:  # fmt: skip
+                 straggler: float = 1.0, variables: dict[str, str] | None = None) -> None:  # fmt: skip
         """`workers` is as many as there may be: those that the cluster has no room for start when it grows. With fewer than
         `least` no work is given out. With `sums` by the fleet, totals too large for the answer itself stay where they were
-        made and are added there. `variables`: environment variables of the workers, where they should differ from the cluster's.
+        made and are added there. `straggler`: how many times as long as it needs the first worker takes.
+        `variables`: environment variables of the workers, where they should differ from the cluster's.
         """
         if not 1 <= least <= workers:
             raise ValueError(f"workers={workers}, of which at least {least}: 1 ≤ least ≤ workers wanted")
@@ -108,6 +109,7 @@ class RayPool:
         self._respawn: list[float] = []
         self._ready_at = time.monotonic()  # when some worker was last seen ready
         self._sent: dict[str, Any] = {}
+        self._straggler = straggler
         for _ in range(workers):
             self._spawn()
 
@@ -166,7 +168,7 @@ class RayPool:
     def _spawn(self) -> None:
         self._last_name += 1
         name = f"worker-{self._last_name}"
-        handle = self._class.remote(self._recipe, name)
+        handle = self._class.remote(self._recipe, name, self._straggler if self._last_name == 1 else 1.0)
         self._actors.append(_Remote(name, handle, handle.hello.remote()))
 
     def _greet(self, actor: _Remote, done: set[Any]) -> None:

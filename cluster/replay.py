@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster import journal, wire
@@ -13,6 +12,7 @@ from cluster.asynchronous import Asynchronous, Late
 from cluster.driver import digest, initial
 from cluster.messages import Assignment
 from cluster.policies import Policy
+from cluster.storage import Place
 from cluster.worker import Recipe, Worker
 from learners.base import Meta, OneRound, Params, Sum, pack
 
@@ -29,7 +29,7 @@ class Applied:
     """Hash of θ after the step."""
 
 
-def steps(path: Path) -> list[Applied]:
+def steps(path: Place) -> list[Applied]:
     """The steps that led to a run's θ; those that a crash threw away are left out.
 
     Raises ValueError for a journal that does not begin with the run, is not whole, or is of steps of several rounds.

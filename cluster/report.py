@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import pictures, robustness
-from cluster.checkpoint import State, write_atomically
+from cluster.checkpoint import State
 from cluster.dispatch import Dispatcher
 from cluster.evaluate import Curves, Pending
 from cluster.monitor import Monitor
 from cluster.robustness import Matrix
+from cluster.storage import Mirror, write_atomically
 from cluster.worker import Recipe
 
 log = logging.getLogger("metafleet")
@@ -34,7 +35,8 @@ class Report:
 
     recipe: Recipe
     monitor: Monitor
-    directory: Path
+    mirror: Mirror
+    """Of the run directory."""
     pictures: int
     """Test tasks to draw."""
 
@@ -46,14 +48,14 @@ class Report:
         if matrix:
             content["robustness"] = matrix.as_dict()
             self.monitor.values(state.iteration, "test", {f"test/{k}": v for k, v in matrix.mean.items()})
-        write_atomically(self.directory / "evaluation.json", json.dumps(content, indent=1).encode())
+        write_atomically(self.mirror.local / "evaluation.json", json.dumps(content, indent=1).encode())
         title = f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {state.iteration} meta-iterations"
         for table in [curves.table(title), *(matrix.tables() if matrix else ())]:
             self.monitor.console.print(table)
         self.monitor.message(self.recipe.summary())
         self._draw(state)
         self.monitor.hparams(hparams, {f"{k}_{i}": float(v[i]) for k, v in curves.mean.items() for i in (0, -1)})
-        self.monitor.message(f"tensorboard: {self.monitor.tensorboard}")
+        self.monitor.message(f"tensorboard: {self.mirror.home / 'tensorboard'}")
 
     def _draw(self, state: State) -> None:
         what = pictures.shown(self.recipe, state.meta, self.pictures)
@@ -64,9 +66,9 @@ class Report:
 
     def _picture(self, state: State, name: str, draw: Callable[[Path], list[Path]]) -> None:
         try:
-            for path in draw(self.directory / f"{name}.png"):
+            for path in draw(self.mirror.local / f"{name}.png"):
                 self.monitor.picture(state.iteration, f"test/{path.stem}", path)
-                self.monitor.message(f"picture:     {path}")
+                self.monitor.message(f"picture:     {self.mirror.home / path.name}")
         except (OSError, ValueError, RuntimeError) as error:
             log.warning("no picture %s.png: %s", name, error)
 

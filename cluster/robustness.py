@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from rich.table import Table
 
-from cluster.checkpoint import write_atomically
+from cluster.storage import write_atomically
 from cluster.worker import Recipe
 from envs.images import beside
 from learners.attack import attacked_query

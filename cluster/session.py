@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 from rich.table import Table
 
 from cluster import assemble, catalog, config, monitor
-from cluster.checkpoint import Checkpoints, State, write_atomically
+from cluster.checkpoint import Checkpoints, State
 from cluster.config import Run
 from cluster.dispatch import Dispatcher
 from cluster.driver import Driver, digest
@@ -27,6 +27,7 @@ from cluster.ledger import Ledger
 from cluster.replay import replay as replayed
 from cluster.replay import steps
 from cluster.report import Results, judge
+from cluster.storage import Place, make_folder, place, write_atomically
 from cluster.worker import environment, set_up_torch
 from learners.objectives import NormMode
 
@@ -38,7 +39,7 @@ def new_directory(label: str) -> Path:
     return Path("runs") / f"{label}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def configuration(directory: Path) -> Path:
+def configuration(directory: Place) -> Place:
     """The resolved configuration of an existing run."""
     path = directory / CONFIGURATION
     if not path.exists():
@@ -46,21 +47,21 @@ def configuration(directory: Path) -> Path:
     return path
 
 
-def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = False) -> None:
+def train(run: Run, directory: Place, *, init_from: str = "", take_over: bool = False) -> None:
     """Train `run` in `directory`, or go on with it there.
 
     The first SIGINT or SIGTERM stops it after a checkpoint (KeyboardInterrupt with the signal's number), the second
     ends the process.
     """
     monitor.plain_logging()
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     received: list[int] = []
     try:
         with Lease(directory).held(take_over) as lease:
             run = prepared(run, directory)
             parts, params = assemble.recipe(run)
             if init_from:
-                params = _like(params, chosen(Path(init_from), run.evaluation.checkpoint).meta.params, init_from)
+                params = _like(params, chosen(place(init_from), run.evaluation.checkpoint).meta.params, init_from)
             with assemble.pool(run, parts) as pool, _signals(received):  # signals last: joining Ray sets handlers of its own
                 Driver(
                     parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
@@ -72,9 +73,10 @@ def train(run: Run, directory: Path, *, init_from: str = "", take_over: bool = F
         raise KeyboardInterrupt(*received) from None
 
 
-def train_all(name: str, home: Path, *, seeds: int, keys: dict[str, Any]) -> list[Path]:
+def train_all(name: str, home: Place, *, seeds: int, keys: dict[str, Any]) -> list[Place]:
     """Train every run of a comparison in HOME/RUN (or HOME/RUN/seed-N), but those that have finished; their directories."""
-    directories, beginnings = [], config.beginnings(name)
+    directories: list[Place] = []
+    beginnings = config.beginnings(name)
     for variant, run in config.comparison(name, keys).items():
         for seed in range(run.seed, run.seed + seeds):
             suffix = f"seed-{seed}" if seeds > 1 else ""
@@ -88,7 +90,7 @@ def train_all(name: str, home: Path, *, seeds: int, keys: dict[str, Any]) -> lis
     return directories
 
 
-def prepared(run: Run, directory: Path) -> Run:
+def prepared(run: Run, directory: Place) -> Run:
     """`run` with its data fetched and everything resolved, written to the directory; or as it was resolved there.
 
     Raises ValueError where the directory holds another run.
@@ -112,7 +114,7 @@ def prepared(run: Run, directory: Path) -> Run:
     return run
 
 
-def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", checkpoint: str = "newest",
+def evaluate(directory: Place, *, tasks: int, steps: int, split: str = "test", checkpoint: str = "newest",
              norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0, inner_lr: float | None = None,
              eps: float | None = None) -> tuple[Run, Results]:  # fmt: skip
     """Adaptation curves of a run's θ, and its accuracy under attacks of `eps`."""
@@ -136,7 +138,7 @@ def evaluate(directory: Path, *, tasks: int, steps: int, split: str = "test", ch
         return run, judge(parts, dispatcher, state, split, tasks, run.shard)
 
 
-def chosen(directory: Path, checkpoint: str) -> State:
+def chosen(directory: Place, checkpoint: str) -> State:
     """The newest or the best checkpoint of a run directory, or that of an iteration."""
     checkpoints = Checkpoints(directory / "checkpoints")
     if checkpoint == "newest":
@@ -151,7 +153,7 @@ def chosen(directory: Path, checkpoint: str) -> State:
     raise ValueError(f"checkpoint={checkpoint!r} is neither newest, best nor the iteration of one that is kept")
 
 
-def replay(directory: Path) -> str:
+def replay(directory: Place) -> str:
     """Re-create a run step by step from its journal; a sentence on how it ended. RuntimeError where the bits differ."""
     from rich.progress import track
 
@@ -173,7 +175,7 @@ def replay(directory: Path) -> str:
     return f"OK: {len(applied)} steps of {whole} contributions ({late} of them stale) end in the recorded bits, θ {theta}"
 
 
-def export(directory: Path, out: Path, checkpoint: str) -> list[str]:
+def export(directory: Place, out: Path, checkpoint: str) -> list[str]:
     """Write θ (and carried statistics) as safetensors, with the configuration as metadata; returns the names."""
     from safetensors.torch import save
 
@@ -186,7 +188,7 @@ def export(directory: Path, out: Path, checkpoint: str) -> list[str]:
     return list(tensors)
 
 
-def status(directory: Path) -> Table:
+def status(directory: Place) -> Table:
     """status.json as a table; says where a run that claims to be running has fallen silent."""
     path = directory / "status.json"
     if not path.exists():
@@ -213,7 +215,7 @@ def status(directory: Path) -> Table:
     return table
 
 
-def is_running(directory: Path) -> bool:
+def is_running(directory: Place) -> bool:
     """Whether a run says that it goes on."""
     return bool(json.loads((directory / "status.json").read_text())["state"] == "running")
 

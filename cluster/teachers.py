@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 
 from cluster import config
 from cluster.catalog import MODELS
-from cluster.checkpoint import write_atomically
+from cluster.storage import write_atomically
 from learners.base import Params
 from learners.models import Functional, ModelSpec, functional
 from learners.purer.inversion import Teacher

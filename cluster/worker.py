@@ -83,9 +83,10 @@ class Recipe:
 class Worker:
     """Samples the tasks of an assignment, runs its verb over them, and adds up."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, slower: float = 1.0) -> None:
+        """`slower`: how many times as long as it needs it takes for everything (by sleeping)."""
         set_up_torch(recipe.threads, recipe.device)
-        self.recipe, self.name = recipe, name
+        self.recipe, self.name, self.slower = recipe, name, slower
         self._verbs = recipe.verbs(recipe.objective.to(recipe.device))
         self._run = Execution(recipe.execution, recipe.chunk)
         # A verb that runs a few times is not worth compiling.
@@ -113,6 +114,8 @@ class Worker:
             result = execution.each(self._fixed_at(assignment, verb, theta), beside)
         else:
             result = execution.run(verb.run, theta, beside, self._shard(assignment, verb, theta))
+        if self.slower > 1:
+            time.sleep((self.slower - 1) * (time.perf_counter() - begin))
         return wire.encode_sum(assignment, self.name, time.perf_counter() - begin, result, self.recipe.compression)
 
     def _value(self, handle: int, message: Broadcast | None) -> Params:

@@ -122,7 +122,7 @@ def test_a_fresh_lease_refuses_a_second_driver_and_a_released_one_does_not(tmp_p
 
 def test_taking_over_fences_the_old_driver_at_its_next_write(tmp_path: Path) -> None:
     with Lease(tmp_path).held() as old:
-        book = Journal(tmp_path / "journal", old.check)
+        book = Journal(tmp_path / "journal", lambda always: old.check())
         book.write("before")
         with Lease(tmp_path).held(take_over=True):
             with pytest.raises(Fenced, match="taken over by attempt 2"):

@@ -1,0 +1,233 @@
+"""Scaling experiments: the same work on fleets of several sizes, beside as many processes that know nothing of each other.
+
+Everything measured is read from the runs' own metrics.jsonl, so that any run directory can be measured the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster import config, session, storage
+from cluster.asynchronous import Asynchronous
+from cluster.config import Run
+from cluster.evaluate import Evaluation
+from cluster.policies import Synchronous
+from cluster.storage import Place
+
+log = logging.getLogger("metafleet")
+
+Scaling = Literal["strong", "weak"]
+PATIENCE = 60.0  # seconds that independent processes get to end after SIGTERM
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to run and how to look at it."""
+
+    sizes: tuple[int, ...] = (1, 2)
+    """Numbers of workers."""
+    policies: tuple[Literal["sync", "async"], ...] = ("sync",)
+    """How the outer step waits."""
+    scalings: tuple[Scaling, ...] = ("strong",)
+    """strong: the same meta-batch on more workers; weak: a meta-batch that grows with them."""
+    iterations: int = 60
+    """Meta-iterations of each run."""
+    warmup: int = 5
+    """Of these, how many at the beginning are not measured."""
+    repeats: int = 1
+    """How often everything is done, in turn; the median counts."""
+    independent: bool = True
+    """Whether to run as many independent processes beside each fleet (on this machine)."""
+    resize: str = ""
+    """A command that gives the cluster {workers} workers, run before each size."""
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"workers={','.join(map(str, self.sizes))}: different numbers of 1 or more wanted")
+        if not self.policies or not self.scalings:
+            raise ValueError("a policy (sync, async) and a kind of scaling (strong, weak) wanted")
+        if self.warmup < 1 or self.iterations < self.warmup + 2 or self.repeats < 1:
+            raise ValueError(
+                f"warmup={self.warmup}, iterations={self.iterations}, repeats={self.repeats}: "
+                "a warm-up of 1 or more, at least two iterations after it, and 1 or more repeats wanted"
+            )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run after its warm-up. Times in seconds; compute, waiting and communication are shares of the workers' time and add up to 1."""
+
+    seconds: float
+    tasks_per_s: float
+    compute: float
+    waiting: float
+    """Until the busiest worker of a round was done."""
+    communication: float
+    """All the rest: messages, and the driver's own work, in which nobody computes."""
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    """(seconds since the warm-up ended, training loss or negative return)."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A fleet of one size, medians over repeats."""
+
+    scaling: Scaling
+    policy: str
+    workers: int
+    meta_batch: int
+    startup_s: float
+    """From asking for the fleet to the end of the first meta-iteration."""
+    run: Measured
+    independent_tasks_per_s: float = 0.0
+    """What as many independent processes reach together; 0: not tried."""
+
+    @property
+    def of_independent(self) -> float:
+        """The fleet's throughput as a share of what the independent processes reach."""
+        return self.run.tasks_per_s / self.independent_tasks_per_s if self.independent_tasks_per_s else float("nan")
+
+
+def measure(lines: list[dict[str, Any]], tasks: int, warmup: int) -> Measured:
+    """What metrics.jsonl says of the meta-iterations after the first `warmup`, of `tasks` tasks each."""
+    train = [line for line in lines if line["kind"] == "train"]
+    before = max((i for i, line in enumerate(train) if line["iteration"] <= warmup), default=None)
+    if before is None or before + 1 >= len(train):
+        raise ValueError(f"{len(train)} lines of metrics: at least one after the warm-up of {warmup} iterations wanted")
+    begin, rest = train[before], train[before + 1 :]
+    seconds, iterations = rest[-1]["time"] - begin["time"], rest[-1]["iteration"] - begin["iteration"]
+    every = iterations / len(rest)
+    workers = statistics.median(line["fleet/workers"] for line in rest)
+    whole = workers * seconds
+    compute, waiting = (every * sum(line[f"perf/{k}_s"] for line in rest) / whole for k in ("compute", "waiting"))
+    name, sign = _goal(begin)
+    curve = [(line["time"] - begin["time"], sign * line[name]) for line in rest]
+    return Measured(seconds, tasks * iterations / seconds, compute, waiting, 1 - compute - waiting, curve)
+
+
+def _goal(line: dict[str, Any]) -> tuple[str, float]:
+    """What training lowers: minus the return after adaptation, else the query loss."""
+    returns = sorted(k for k in line if k.startswith("train/return_step"))
+    return (returns[-1], -1.0) if returns else ("train/query_loss", 1.0)
+
+
+def time_to(curve: list[tuple[float, float]], target: float, window: int = 5) -> float:
+    """Seconds until the mean of `window` values in a row is at most `target`; nan where it never is."""
+    for i in range(window - 1, len(curve)):
+        if statistics.fmean(v for _, v in curve[i - window + 1 : i + 1]) <= target:
+            return curve[i][0]
+    return float("nan")
+
+
+def reached(curve: list[tuple[float, float]], window: int = 5) -> float:
+    """The best mean of `window` values in a row."""
+    values = [v for _, v in curve]
+    return min((statistics.fmean(values[i - window + 1 : i + 1]) for i in range(window - 1, len(values))), default=float("nan"))
+
+
+def conduct(run: Run, experiment: Experiment, home: Place) -> Iterator[Point]:
+    """Every point, as it is measured; the runs are in HOME/SCALING-POLICY-WORKERS/REPEAT."""
+    for scaling in experiment.scalings:
+        for policy in experiment.policies:
+            for workers in experiment.sizes:
+                yield _point(_sized(run, experiment, scaling, policy, workers), experiment, home, scaling, policy)
+
+
+def _sized(run: Run, experiment: Experiment, scaling: Scaling, policy: str, workers: int) -> Run:
+    """The run as it is on so many workers; all of them are there when it begins."""
+    wanted = Asynchronous if policy == "async" else Synchronous
+    return replace(
+        run, pool="ray", workers=workers, min_workers=workers, iterations=experiment.iterations,
+        meta_batch=run.meta_batch * (workers if scaling == "weak" else 1),
+        policy=run.policy if isinstance(run.policy, wanted) else wanted(),
+        evaluation=Evaluation(every=run.evaluation.every, validation_tasks=0, tasks=2, steps=min(1, run.evaluation.steps), pictures=0),
+    )  # fmt: skip
+
+
+def _point(run: Run, experiment: Experiment, home: Place, scaling: Scaling, policy: str) -> Point:
+    startups, runs, alone = [], [], []
+    for repeat in range(experiment.repeats):
+        directory = home / f"{scaling}-{policy}-{run.workers}" / str(repeat)
+        log.info("%s scaling, %s, %d workers, repeat %d of %d", scaling, policy, run.workers, repeat + 1, experiment.repeats)
+        if experiment.independent:
+            alone.append(_independent(run, Path(str(directory) + "-independent"), experiment.warmup))
+        if experiment.resize:
+            subprocess.run(shlex.split(experiment.resize.format(workers=run.workers)), check=True)
+        begin = time.time()
+        session.train(run, directory)
+        lines = _lines(directory)
+        startups.append(next(line["time"] for line in lines if line["kind"] == "train") - begin)
+        runs.append(measure(lines, run.meta_batch, experiment.warmup))
+    typical = sorted(runs, key=lambda m: m.tasks_per_s)[len(runs) // 2]
+    return Point(scaling, policy, run.workers, run.meta_batch, statistics.median(startups), typical,
+                 statistics.median(alone) if alone else 0.0)  # fmt: skip
+
+
+def _lines(directory: Place) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def _independent(run: Run, home: Path, warmup: int) -> float:
+    """Tasks/s that as many processes as there are workers, each with a whole run of its own, reach together while all of them work."""
+    alone = replace(run, pool="local", policy=Synchronous(), iterations=100 * run.iterations, workers=1, min_workers=1)
+    processes, directories = [], [home / str(i) for i in range(run.workers)]
+    for directory in directories:
+        storage.make_folder(directory)
+        storage.write_atomically(directory / "wanted.toml", config.to_toml(alone).encode())
+        words = [sys.executable, "-m", "cluster.cli", "train", str(directory / "wanted.toml"), "--dir", str(directory)]
+        paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        processes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths}))
+    try:
+        while min(map(_done, directories)) < run.iterations:
+            for process in processes:
+                if process.poll() is not None:
+                    raise RuntimeError(f"an independent process ended: {process.stderr.read().decode()[-500:] if process.stderr else ''}")
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.communicate(timeout=PATIENCE)
+    lines = [[line for line in _lines(d) if line["kind"] == "train" and line["iteration"] >= warmup] for d in directories]
+    begin, end = max(each[0]["time"] for each in lines), min(each[-1]["time"] for each in lines)
+    return sum(run.meta_batch * _rate(each, begin, end) for each in lines)
+
+
+def _done(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
+
+
+def _rate(lines: list[dict[str, Any]], begin: float, end: float) -> float:
+    """Iterations per second between two times."""
+    within = [line for line in lines if begin <= line["time"] <= end]
+    return float((within[-1]["iteration"] - within[0]["iteration"]) / (within[-1]["time"] - within[0]["time"]))
+
+
+def rows(points: list[Point]) -> list[dict[str, Any]]:
+    """The points as rows of a table; efficiency is throughput per worker over that of the smallest fleet of the series."""
+    found = []
+    for point in points:
+        series = [p for p in points if (p.scaling, p.policy) == (point.scaling, point.policy)]
+        first = min(series, key=lambda p: p.workers)
+        target = max(reached(p.run.curve) for p in series)
+        content = {k: v for k, v in asdict(point).items() if k != "run"} | {k: v for k, v in asdict(point.run).items() if k != "curve"}
+        found.append(content | {
+            "speedup": point.run.tasks_per_s / first.run.tasks_per_s,
+            "efficiency": point.run.tasks_per_s / first.run.tasks_per_s * first.workers / point.workers,
+            "of_independent": point.of_independent,
+            "target": target, "time_to_target_s": time_to(point.run.curve, target),
+        })  # fmt: skip
+    return found

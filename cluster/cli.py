@@ -327,7 +327,7 @@ class ScaleOptions:
 def scale(words: list[str]) -> None:
     """Run RUN on fleets of several sizes; where does the time go, and what does a worker more bring?"""
     from cluster import flags, monitor, scale_report, session, storage
-    from cluster.scale import Experiment, conduct, rows
+    from cluster.scale import Experiment, conduct
     from cluster.worker import environment
 
     sizes, words = flags.taken(words, "--workers", "1,2")
@@ -343,19 +343,10 @@ def scale(words: list[str]) -> None:
     points = []
     for point in conduct(run, experiment, home):
         points.append(point)
-        facts = {
-            "run": name,
-            "command": f"metafleet {' '.join(sys.argv[1:])}",
-            "straggler": run.straggler,
-            "seed": run.seed,
-        } | environment()
+        seen = {"run": name, "command": f"metafleet {' '.join(sys.argv[1:])}", "processors": len(os.sched_getaffinity(0))}
+        facts = seen | {"seed": run.seed, "straggler": run.straggler} | environment()
         scale_report.write(points, experiment, facts, home)  # what has been measured is kept, whatever comes
-    table = Table(title=f"scaling of {name}")
-    for title in scale_report.COLUMNS.values():
-        table.add_column(title, justify="right")
-    for row in rows(points):
-        table.add_row(*scale_report.cells(row))
-    console.print(table)
+    console.print(scale_report.table(points, f"scaling of {name}"))
     console.print(f"report: {home / 'scale.md'}, plot: {home / 'scale.png'}", highlight=False, soft_wrap=True)
 
 

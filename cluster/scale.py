@@ -123,18 +123,16 @@ def _goal(line: dict[str, Any]) -> tuple[str, float]:
     return (returns[-1], -1.0) if returns else ("train/query_loss", 1.0)
 
 
-def time_to(curve: list[tuple[float, float]], target: float, window: int = 5) -> float:
-    """Seconds until the mean of `window` values in a row is at most `target`; nan where it never is."""
-    for i in range(window - 1, len(curve)):
-        if statistics.fmean(v for _, v in curve[i - window + 1 : i + 1]) <= target:
-            return curve[i][0]
-    return float("nan")
+def smoothed(curve: list[tuple[float, float]], window: int = 5) -> tuple[list[float], list[float]]:
+    """Times, and the mean of the `window` (or all) values up to each."""
+    window = min(window, len(curve))
+    ends = range(window, len(curve) + 1)
+    return [curve[i - 1][0] for i in ends], [statistics.fmean(v for _, v in curve[i - window : i]) for i in ends]
 
 
-def reached(curve: list[tuple[float, float]], window: int = 5) -> float:
-    """The best mean of `window` values in a row."""
-    values = [v for _, v in curve]
-    return min((statistics.fmean(values[i - window + 1 : i + 1]) for i in range(window - 1, len(values))), default=float("nan"))
+def time_to(curve: list[tuple[float, float]], target: float) -> float:
+    """Seconds until the smoothed curve is at most `target`; nan where it never is."""
+    return next((t for t, v in zip(*smoothed(curve), strict=True) if v <= target), float("nan"))
 
 
 def conduct(run: Run, experiment: Experiment, home: Place) -> Iterator[Point]:
@@ -222,7 +220,7 @@ def rows(points: list[Point]) -> list[dict[str, Any]]:
     for point in points:
         series = [p for p in points if (p.scaling, p.policy) == (point.scaling, point.policy)]
         first = min(series, key=lambda p: p.workers)
-        target = max(reached(p.run.curve) for p in series)
+        target = max(min(smoothed(p.run.curve)[1]) for p in series)
         content = {k: v for k, v in asdict(point).items() if k != "run"} | {k: v for k, v in asdict(point.run).items() if k != "curve"}
         found.append(content | {
             "speedup": point.run.tasks_per_s / first.run.tasks_per_s,

@@ -9,7 +9,9 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from cluster.scale import Experiment, Point, rows
+from rich.table import Table
+
+from cluster.scale import Experiment, Point, rows, smoothed
 from cluster.storage import Place, make_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -28,9 +30,9 @@ def write(points: list[Point], experiment: Experiment, facts: dict[str, Any], ho
     make_folder(home)
     found = rows(points)
     text = io.StringIO()
-    table = csv.DictWriter(text, list(found[0]))
-    table.writeheader()
-    table.writerows(found)
+    sheet = csv.DictWriter(text, list(found[0]))
+    sheet.writeheader()
+    sheet.writerows(found)
     write_atomically(home / "scale.csv", text.getvalue().encode())
     content = {
         "facts": facts,
@@ -42,9 +44,16 @@ def write(points: list[Point], experiment: Experiment, facts: dict[str, Any], ho
     write_atomically(home / "scale.md", page(found, experiment, facts).encode())
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as it is shown."""
-    return [_cell(name, row[name]) for name in COLUMNS]
+def table(points: list[Point], title: str) -> Table:
+    """What fits a terminal."""
+    shown = Table(title=title)
+    short = {"workers": "workers", "startup_s": "start", "tasks_per_s": "tasks/s", "efficiency": "effic.", "of_independent": "indep.",
+             "compute": "comp.", "communication": "comm.", "waiting": "wait", "time_to_target_s": "to loss"}  # fmt: skip
+    for name in ("series", *short.values()):
+        shown.add_column(name, justify="left" if name == "series" else "right", no_wrap=True)
+    for row in rows(points):
+        shown.add_row(f"{row['scaling']} {row['policy']}", *(_cell(name, row[name]) for name in short))
+    return shown
 
 
 def _cell(name: str, value: Any) -> str:
@@ -72,7 +81,7 @@ def page(found: list[dict[str, Any]], experiment: Experiment, facts: dict[str, A
         "- time to loss: until the mean of five meta-iterations is at what the worst fleet of the series reaches, after the warm-up."
     )
     lines += ["", f"| {' | '.join(COLUMNS.values())} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in found]
+    lines += [f"| {' | '.join(_cell(name, row[name]) for name in COLUMNS)} |" for row in found]
     return "\n".join([*lines, "", "![throughput, efficiency, loss over time](scale.png)", ""])
 
 
@@ -93,8 +102,7 @@ def plot(points: list[Point]) -> bytes:
             throughput.plot(sizes, alone, "x--", color="grey", label="independent processes" if not i else None)
         efficiency.plot(sizes, [r["efficiency"] for _, r in mine], "o-", color=f"C{i}", label=", ".join(key))
         for j, (p, _) in enumerate(mine):
-            x, y = zip(*p.run.curve, strict=True)
-            loss.plot(x, y, color=f"C{i}", alpha=0.3 + 0.7 * (j + 1) / len(mine), label=f"{', '.join(key)}, {p.workers}")
+            loss.plot(*smoothed(p.run.curve), color=f"C{i}", alpha=0.3 + 0.7 * (j + 1) / len(mine), label=f"{', '.join(key)}, {p.workers}")
     efficiency.axhline(1.0, linestyle=":", color="grey", label="ideal")
     sizes = sorted({p.workers for p in points})
     for axes in (throughput, efficiency):
@@ -102,8 +110,8 @@ def plot(points: list[Point]) -> bytes:
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
     throughput.set(ylabel="tasks/s")
-    efficiency.set(ylabel="efficiency (throughput per worker / that of the smallest fleet)")
-    loss.set(xlabel="seconds after the warm-up", ylabel="training loss (or minus return)")
+    efficiency.set(ylabel="efficiency: tasks/s per worker, smallest fleet = 1")
+    loss.set(xlabel="seconds after the warm-up", ylabel="training loss (or minus return), mean of 5")
     loss.legend(fontsize="x-small")
     _shares(times, points)
     png = io.BytesIO()
@@ -118,5 +126,5 @@ def _shares(axes: Axes, points: list[Point]) -> None:
         heights = [getattr(p.run, name) for p in points]
         axes.bar(labels, heights, bottom=bottom, color=colour, label=name)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes.set(ylabel="share of the workers' time")
-    axes.legend(fontsize="small")
+    axes.set(ylabel="share of the workers' time", ylim=(0, 1.15))
+    axes.legend(fontsize="small", ncols=3, loc="upper center")

@@ -16,10 +16,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from cluster import config, session, storage
+from cluster import config, session
 from cluster.asynchronous import Asynchronous
 from cluster.config import Run
 from cluster.evaluate import Evaluation
@@ -93,11 +95,8 @@ class Point:
     run: Measured
     independent_tasks_per_s: float = 0.0
     """What as many independent processes reach together; 0: not tried."""
-
-    @property
-    def of_independent(self) -> float:
-        """The fleet's throughput as a share of what the independent processes reach."""
-        return self.run.tasks_per_s / self.independent_tasks_per_s if self.independent_tasks_per_s else float("nan")
+    of_independent: float = float("nan")
+    """The fleet's throughput as a share of theirs just before and after it."""
 
 
 def measure(lines: list[dict[str, Any]], tasks: int, warmup: int) -> Measured:
@@ -155,57 +154,69 @@ def _sized(run: Run, experiment: Experiment, scaling: Scaling, policy: str, work
 
 
 def _point(run: Run, experiment: Experiment, home: Place, scaling: Scaling, policy: str) -> Point:
+    """Each run of the fleet stands between two of the independent processes: machines get faster and slower while one measures."""
+    folder = home / f"{scaling}-{policy}-{run.workers}"
     startups, runs, alone = [], [], []
     for repeat in range(experiment.repeats):
-        directory = home / f"{scaling}-{policy}-{run.workers}" / str(repeat)
         log.info("%s scaling, %s, %d workers, repeat %d of %d", scaling, policy, run.workers, repeat + 1, experiment.repeats)
         if experiment.independent:
-            alone.append(_independent(run, Path(str(directory) + "-independent"), experiment.warmup))
+            alone.append(_independent(run, experiment.warmup))
         if experiment.resize:
             subprocess.run(shlex.split(experiment.resize.format(workers=run.workers)), check=True)
         begin = time.time()
-        session.train(run, directory)
-        lines = _lines(directory)
+        session.train(run, folder / str(repeat))
+        lines = _lines(folder / str(repeat))
         startups.append(next(line["time"] for line in lines if line["kind"] == "train") - begin)
         runs.append(measure(lines, run.meta_batch, experiment.warmup))
+    if alone:
+        alone.append(_independent(run, experiment.warmup))
     typical = sorted(runs, key=lambda m: m.tasks_per_s)[len(runs) // 2]
+    around = [statistics.fmean(pair) for pair in pairwise(alone)]
+    shares = [m.tasks_per_s / both for m, both in zip(runs, around, strict=bool(alone))]
     return Point(scaling, policy, run.workers, run.meta_batch, statistics.median(startups), typical,
-                 statistics.median(alone) if alone else 0.0)  # fmt: skip
+                 statistics.median(around) if alone else 0.0, statistics.median(shares) if alone else float("nan"))  # fmt: skip
 
 
 def _lines(directory: Place) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def _independent(run: Run, home: Path, warmup: int) -> float:
+def _independent(run: Run, warmup: int) -> float:
     """Tasks/s that as many processes as there are workers, each with a whole run of its own, reach together while all of them work."""
-    alone = replace(run, pool="local", policy=Synchronous(), iterations=100 * run.iterations, workers=1, min_workers=1)
-    processes, directories = [], [home / str(i) for i in range(run.workers)]
-    for directory in directories:
-        storage.make_folder(directory)
-        storage.write_atomically(directory / "wanted.toml", config.to_toml(alone).encode())
-        words = [sys.executable, "-m", "cluster.cli", "train", str(directory / "wanted.toml"), "--dir", str(directory)]
-        paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        processes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths}))
-    try:
-        while min(map(_done, directories)) < run.iterations:
+    alone = replace(run, pool="local", policy=Synchronous(), workers=1, min_workers=1)
+    with TemporaryDirectory() as home:
+        directories = [Path(home) / str(i) for i in range(run.workers)]
+        processes = [_process(replace(alone, iterations=100 * run.iterations), d) for d in directories]
+        try:
+            while min(map(_done, directories)) < run.iterations:
+                ended = next((p for p in processes if p.poll() is not None), None)
+                if ended and ended.stderr:
+                    raise RuntimeError(f"an independent process ended: {ended.stderr.read().decode()[-500:]}")
+                time.sleep(0.2)
+        finally:
             for process in processes:
-                if process.poll() is not None:
-                    raise RuntimeError(f"an independent process ended: {process.stderr.read().decode()[-500:] if process.stderr else ''}")
-            time.sleep(0.2)
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.communicate(timeout=PATIENCE)
-    lines = [[line for line in _lines(d) if line["kind"] == "train" and line["iteration"] >= warmup] for d in directories]
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.communicate(timeout=PATIENCE)
+        lines = [[line for line in _lines(d) if line["kind"] == "train" and line["iteration"] >= warmup] for d in directories]
     begin, end = max(each[0]["time"] for each in lines), min(each[-1]["time"] for each in lines)
     return sum(run.meta_batch * _rate(each, begin, end) for each in lines)
 
 
+def _process(run: Run, directory: Path) -> subprocess.Popen[bytes]:
+    directory.mkdir()
+    wanted = directory / "wanted.toml"
+    wanted.write_text(config.to_toml(run))
+    words = [sys.executable, "-m", "cluster.cli", "train", str(wanted), "--dir", str(directory)]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths})
+
+
 def _done(directory: Path) -> int:
+    """Iterations that a run under way says it has done."""
     path = directory / "metrics.jsonl"
-    return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["iteration"]) if lines else 0
 
 
 def _rate(lines: list[dict[str, Any]], begin: float, end: float) -> float:
@@ -225,7 +236,6 @@ def rows(points: list[Point]) -> list[dict[str, Any]]:
         found.append(content | {
             "speedup": point.run.tasks_per_s / first.run.tasks_per_s,
             "efficiency": point.run.tasks_per_s / first.run.tasks_per_s * first.workers / point.workers,
-            "of_independent": point.of_independent,
             "target": target, "time_to_target_s": time_to(point.run.curve, target),
         })  # fmt: skip
     return found

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from cluster import seeds, wire
 from cluster.messages import Assignment, Broadcast
@@ -166,8 +167,9 @@ class Worker:
 
 
 def set_up_torch(threads: int, device: str) -> None:
-    """Threads, memory and determinism, the same in the driver and in every worker."""
+    """Threads (torch's and numpy's), memory and determinism, the same in the driver and in every worker."""
     torch.set_num_threads(threads)
+    threadpool_limits(threads, "blas")  # Ray's workers have few by themselves; processes beside each other would slow each other down
     kernels.keep_freed_memory()
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but this torch sees no CUDA device; device='cpu' works everywhere")

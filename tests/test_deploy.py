@@ -6,17 +6,28 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cluster import config
+from cluster import cli, config, flags
+from cluster.asynchronous import Asynchronous
+from cluster.driver import Driver
+from cluster.evaluate import Evaluation
+from cluster.policies import Synchronous
+from cluster.pool import LocalPool
+from cluster.prometheus import Exporter
 from tests import kuberay
+from tests.fakes import quadratic_recipe, start
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -55,7 +66,8 @@ def test_core_kinds_pass_the_strict_schemas(overlay: str) -> None:
         core = list(as_pods(manifest)) if manifest["kind"] in RAY_KINDS else [manifest] if manifest["kind"] != "PodMonitor" else []
         for one in core:
             validate.validate(one, KUBERNETES, strict=True)
-    assert {"Deployment", "Service", "NetworkPolicy", "PersistentVolumeClaim"} < seen
+    assert {"Deployment", "Service", "NetworkPolicy"} < seen
+    assert ("PersistentVolumeClaim" in seen) != (overlay == "object-store")
     assert seen & set(RAY_KINDS)
     broken = next(m for m in rendered(overlay) if m["kind"] == "NetworkPolicy")
     broken["spec"]["ingres"] = []
@@ -116,8 +128,9 @@ def test_no_pod_is_root_privileged_unlimited_or_of_a_floating_image(overlay: str
             spec, where = template["spec"], f"{overlay}: {manifest['kind']}.{path}"
             assert spec["securityContext"]["runAsNonRoot"], where
             assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
-            head = ".headGroupSpec" in path and overlay == "autoscaling"  # whose autoscaler asks the API server for pods
-            assert spec["automountServiceAccountToken"] is head, where
+            # An autoscaler asks the API server for pods, a scaling experiment for another number of workers; nobody else asks.
+            asks = manifest["kind"] == "Job" or (".headGroupSpec" in path and overlay == "autoscaling")
+            assert spec["automountServiceAccountToken"] is asks, where
             assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), where
             assert not any("hostPath" in volume for volume in spec.get("volumes", [])), where
             for container in spec["containers"] + spec.get("initContainers", []):
@@ -145,7 +158,84 @@ def test_a_pod_has_longer_to_stop_than_a_checkpoint_takes_and_its_entrypoint_is_
             command, verb, run, *flags = manifest["spec"]["entrypoint"].split()
             assert (command, verb) == ("metafleet", "train")
             config.load(run)
-            assert flags[flags.index("--dir") + 1].startswith("/runs/")
+            assert flags[flags.index("--dir") + 1].startswith("s3://BUCKET/" if overlay == "object-store" else "/runs/")
+
+
+def test_a_cluster_to_work_on_is_that_of_the_job() -> None:
+    job = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "rayjob.yaml").read_text())
+    cluster = yaml.safe_load((DEPLOY / "kubernetes" / "overlays" / "interactive" / "raycluster.yaml").read_text())
+    assert cluster["spec"] == job["spec"]["rayClusterSpec"]
+
+
+def test_the_scaling_jobs_command_is_one_that_we_take() -> None:
+    job = next(m for m in rendered("scale") if m["kind"] == "Job")
+    (script,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    line = next(line for line in script.replace("\\\n", " ").splitlines() if line.startswith("metafleet scale"))
+    sizes, words = flags.taken(shlex.split(line)[2:], "--workers", "")
+    policies, words = flags.taken(words, "--policy", "")
+    _, options, run = flags.configured("scale", words, cli.ScaleOptions, "")
+    cluster = next(m for m in rendered("scale") if m["kind"] == "RayCluster")["spec"]["workerGroupSpecs"][0]
+    assert cluster["minReplicas"] <= min(flags.numbers("workers", sizes)) <= max(flags.numbers("workers", sizes)) <= cluster["maxReplicas"]
+    assert (policies, run.address, options.independent) == ("sync,async", "auto", False)
+    role = next(m for m in rendered("scale") if m["kind"] == "Role")
+    assert role["rules"] == [
+        {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "resourceNames": ["metafleet"], "verbs": ["get", "patch"]}
+    ]
+    assert options.resize.split()[2] == next(m for m in rendered("scale") if m["kind"] == "RayCluster")["metadata"]["name"]
+
+
+def test_replicas_follow_the_experiment(tmp_path: Path) -> None:
+    """resize.py against an API server that grants what is asked for a little later."""
+    asked: list[tuple[str, str, Any]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        looks = 0
+
+        def do_PATCH(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, self.headers["Authorization"], body))
+            self._answer({})
+
+        def do_GET(self) -> None:
+            type(self).looks += 1
+            self._answer({"status": {"desiredWorkerReplicas": 4, "readyWorkerReplicas": 4 if self.looks > 1 else 2}})
+
+        def _answer(self, content: dict[str, Any]) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    (tmp_path / "namespace").write_text("research")
+    (tmp_path / "token").write_text("secret")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = {"KUBERNETES_URL": f"http://127.0.0.1:{server.server_port}", "SERVICE_ACCOUNT": str(tmp_path)}
+        words = [sys.executable, str(DEPLOY / "kubernetes" / "overlays" / "scale" / "resize.py"), "metafleet", "4"]
+        done = subprocess.run(words, env=os.environ | here, capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    path = "/apis/ray.io/v1/namespaces/research/rayclusters/metafleet"
+    assert asked == [(path, "Bearer secret", [{"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 4}])]
+    assert Server.looks == 2
+
+
+def test_every_metric_of_the_dashboard_is_exported(tmp_path: Path) -> None:
+    recipe, tags = quadratic_recipe(), {}
+    for policy in (Synchronous(), Asynchronous(buffer=2)):
+        directory = tmp_path / type(policy).__name__
+        Driver(recipe, start(), LocalPool(recipe), directory, iterations=2, meta_batch=4, shard=2, policy=policy,
+               evaluation=Evaluation(validation_tasks=2, tasks=2, steps=1, pictures=0)).run()  # fmt: skip
+        for line in (directory / "metrics.jsonl").read_text().splitlines():
+            tags |= {k: 1.0 for k in json.loads(line) if "/" in k}
+    exported = {sample.name for metric in Exporter(tags).collect() for sample in metric.samples}
+    board = json.loads((DEPLOY / "kubernetes" / "components" / "prometheus" / "dashboard.json").read_text())
+    wanted = {name for panel in board["panels"] for t in panel["targets"] for name in re.findall(r"metafleet_\w+", t["expr"])}
+    assert len(wanted) > 15
+    assert wanted - {"metafleet_validation_"} <= exported, wanted - exported
+    assert any(name.startswith("metafleet_validation_") for name in exported)
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (DEPLOY / "ray").glob("*.yaml")))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from cluster import journal, seeds
 from cluster.checkpoint import Checkpointing, Checkpoints
@@ -276,3 +277,8 @@ def test_evaluations_may_be_small_or_off(tmp_path: Path, change) -> None:
         Evaluation(tasks=0)
     with pytest.raises(ValueError, match="keep=0: at least 1 wanted"):
         Checkpointing(keep=0)
+
+
+def test_a_process_takes_no_more_threads_than_it_was_given(tmp_path: Path) -> None:
+    run(quadratic_recipe(), tmp_path, iterations=1)
+    assert {pool["num_threads"] for pool in threadpool_info()} == {1}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
 set -euo pipefail
-mount --make-rprivate / && mount --bind "$HOME_HERE" "$HOME" && mount -t tmpfs none /run && mkdir -p /run/sshd
+mount --make-rprivate / && mount --bind "$HOME/passwd" /etc/passwd && mount -t tmpfs none /run && mkdir -p /run/sshd
 ip link set lo up
 "$SSHD" -f "$HOME/sshd_config" -E "$HOME/sshd.log"
 cd "$ROOT"
@@ -58,15 +59,16 @@ def test_a_cluster_goes_up_over_ssh_trains_a_run_and_goes_down(tmp_path: Path) -
     for key in (ssh / "id_ed25519", ssh / "host"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     shutil.copy(ssh / "id_ed25519.pub", ssh / "authorized_keys")
-    there = os.path.expanduser("~")
+    user = pwd.getpwuid(0)
+    (home / "passwd").write_text(f"{user.pw_name}:x:0:0::{home}:/bin/bash\nsshd:x:105:65534::/run/sshd:/usr/sbin/nologin\n")
     (home / "sshd_config").write_text(
-        f"Port 22\nListenAddress 127.0.0.1\nHostKey {there}/.ssh/host\nPidFile none\nUsePAM no\nPermitRootLogin yes\nStrictModes no\n"
+        f"Port 22\nListenAddress 127.0.0.1\nHostKey {ssh}/host\nPidFile none\nUsePAM no\nPermitRootLogin yes\nStrictModes no\n"
         "Subsystem sftp internal-sftp\n"
     )
     # What a user changes, and one thing more: the packages are there already, and ours is the copy that the launcher ships.
     table = yaml.safe_load((ROOT / "deploy" / "ray" / "local.yaml").read_text())
     table["provider"] |= {"head_ip": "127.0.0.1", "worker_ips": []}
-    table["auth"]["ssh_user"] = "root"
+    table["auth"]["ssh_user"] = user.pw_name
     table["setup_commands"] = [c for c in table["setup_commands"] if "pip install" not in c]
     table["setup_commands"].append("grep -q PYTHONPATH ~/.bashrc || sed -i '1i export PYTHONPATH=~/metafleet' ~/.bashrc")
     assert len(table["setup_commands"]) == 3
@@ -75,7 +77,7 @@ def test_a_cluster_goes_up_over_ssh_trains_a_run_and_goes_down(tmp_path: Path) -
     (home / "metafleet-env").symlink_to(sys.prefix)
 
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHON"))}
-    environment = clean | {"HOME_HERE": str(home), "HOME": there, "ROOT": str(ROOT), "SSHD": str(shutil.which("sshd")),
+    environment = clean | {"HOME": str(home), "ROOT": str(ROOT), "SSHD": str(shutil.which("sshd")),
                            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
     words = ["unshare", "--pid", "--fork", "--mount-proc", "--net", "--kill-child", "bash", "-c", SCRIPT]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=260, stdin=subprocess.DEVNULL)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -65,6 +66,9 @@ def trial(keys: dict[str, Any], sweep: Sweep) -> None:
 def main() -> None:
     """Run it."""
     sweep = tyro.cli(Sweep, description=__doc__)
+    home = storage.place(sweep.home)
+    if isinstance(home, Path):  # trials have working directories of their own
+        sweep = replace(sweep, home=str(home.resolve()))
     scheduler = ASHAScheduler(time_attr="part", max_t=4, grace_period=1, reduction_factor=2)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, sweep=sweep), {"cpu": 1}),

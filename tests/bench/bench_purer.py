@@ -97,17 +97,13 @@ def run(shape: tuple[int, int, int], shots: int) -> None:
     floors = {"inversion": seconds["bare inversion"], "episodes": EPISODES * episode, "adversary": episode}
     transport = sum(seconds[f"{k}, with messages"] - seconds[k] for k in floors) + seconds["broadcast of D"]
     whole = sum(seconds[f"{k}, with messages"] for k in floors) + seconds["Adam on D"] + seconds["broadcast of D"]
-    print(
-        f"\n{TEACHERS} teachers (Conv4-32 and ResNet-10 of width 16, in turn), {WAYS}-way {shots}-shot, images {shape}, {EPISODES} episodes"
-    )
+    print(f"\n{TEACHERS} teachers (Conv4-32, ResNet-10 of width 16), {WAYS}-way {shots}-shot, images {shape}, {EPISODES} episodes")
     for name, floor in floors.items():
         t = seconds[name]
         print(f"  {name:12s} {1e3 * t:7.1f} ms  {t / whole:4.0%}   its passes {1e3 * floor:7.1f} ms: x {t / floor:.2f}")
-    print(
-        f"  {'transport':12s} {1e3 * transport:7.1f} ms  {transport / whole:4.0%}   messages of {TEACHERS + EPISODES + 1} shards, D of {images.nbytes / 2**20:.1f} MiB"
-    )
-    print(f"  {'Adam on D':12s} {1e3 * seconds['Adam on D']:7.1f} ms  {seconds['Adam on D'] / whole:4.0%}")
-    print(f"  {'in all':12s} {1e3 * whole:7.1f} ms")
+    messages = f"messages of {TEACHERS + EPISODES + 1} shards, D of {images.nbytes / 2**20:.1f} MiB"
+    for name, t, note in (("transport", transport, messages), ("Adam on D", seconds["Adam on D"], ""), ("in all", whole, "")):
+        print(f"  {name:12s} {1e3 * t:7.1f} ms  {t / whole:4.0%}   {note}")
 
 
 def inverted(networks: list[nn.Module], images: Tensor) -> None:

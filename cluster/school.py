@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from cluster import assemble, seeds
-from cluster.catalog import MODELS
 from cluster.config import Run
 from cluster.dispatch import Dispatcher, Shards
 from cluster.journal import Unwritten
@@ -22,7 +22,7 @@ from envs.data_free import Lessons
 from envs.images import Episodes
 from learners.base import pack
 from learners.maml import MAML
-from learners.models import Functional, ModelSpec, functional
+from learners.models import Conv4, Functional, ModelSpec, functional
 from learners.objectives import Supervised
 from learners.purer.schooling import School, Schooling
 from learners.resnet import ResNet
@@ -30,6 +30,15 @@ from learners.resnet import ResNet
 log = logging.getLogger("metafleet")
 
 LONGEST = 86_400.0  # seconds that a teacher may take
+
+
+def architectures(names: Sequence[str], conv_width: int = 32, resnet_width: int = 64) -> tuple[ModelSpec, ...]:
+    """Those of teachers by name: conv4 (as in PURER's experiments), resnet10, resnet18."""
+    known: dict[str, ModelSpec] = {
+        "conv4": Conv4(width=conv_width, halving="pool", features="flat", norm_scale=True),
+        "resnet10": ResNet(10, resnet_width), "resnet18": ResNet(18, resnet_width),
+    }  # fmt: skip
+    return tuple(known[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Plan:
     """Classes of each."""
     overlapping: bool = False
     """Teachers may share classes."""
-    architectures: tuple[ModelSpec, ...] = (MODELS["conv4"](width=32, halving="pool", features="flat", norm_scale=True),)
+    architectures: tuple[ModelSpec, ...] = field(default_factory=lambda: architectures(("conv4",)))
     """Taken in turn."""
     schooling: Schooling = field(default_factory=Schooling)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import cli, config, flags
+from cluster import config, flags, tools
 from cluster.asynchronous import Asynchronous
 from cluster.driver import Driver
 from cluster.evaluate import Evaluation
@@ -173,7 +173,7 @@ def test_the_scaling_jobs_command_is_one_that_we_take() -> None:
     line = next(line for line in script.replace("\\\n", " ").splitlines() if line.startswith("metafleet scale"))
     sizes, words = flags.taken(shlex.split(line)[2:], "--workers", "")
     policies, words = flags.taken(words, "--policy", "")
-    _, options, run = flags.configured("scale", words, cli.ScaleOptions, "")
+    _, options, run = flags.configured("scale", words, tools.ScaleOptions, "")
     cluster = next(m for m in rendered("scale") if m["kind"] == "RayCluster")["spec"]["workerGroupSpecs"][0]
     assert cluster["minReplicas"] <= min(flags.numbers("workers", sizes)) <= max(flags.numbers("workers", sizes)) <= cluster["maxReplicas"]
     assert (policies, run.address, options.independent) == ("sync,async", "auto", False)

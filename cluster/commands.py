@@ -1,0 +1,217 @@
+"""The commands about runs: train, resume, evaluate, compare, export, status, replay."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.live import Live
+
+from cluster.console import console, parsed
+
+if TYPE_CHECKING:
+    from cluster.storage import Place
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of a training command, beside the keys of the run."""
+
+    dir: str = ""
+    """Run directory; an existing one of the same run is resumed. Default: runs/RUN-DATE-TIME."""
+    seeds: int = 1
+    """Train this many seeds, from `seed` on, each in its own directory DIR/seed-N."""
+    take_over: bool = False
+    """Take the directory over from a driver that still seems alive."""
+    init_from: str = ""
+    """Start from the θ of this finished or interrupted run."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Options of a resumed run."""
+
+    take_over: bool = False
+    """Take the directory over from a driver that still seems alive."""
+
+
+def train(words: list[str]) -> None:
+    """Meta-train RUN, a preset's name (`metafleet list`) or a TOML file."""
+    from cluster import flags, session, storage
+
+    name, options, run = flags.configured("train", words, TrainOptions, train.__doc__ or "")
+    label = re.sub(r"\W+", "-", Path(name).stem)
+    directory = storage.place(options.dir or session.new_directory(label))
+    if options.seeds < 1:
+        raise ValueError(f"seeds={options.seeds}: at least 1 wanted")
+    for seed in range(run.seed, run.seed + options.seeds):
+        home = directory / f"seed-{seed}" if options.seeds > 1 else directory
+        session.train(dataclasses.replace(run, seed=seed), home, init_from=options.init_from, take_over=options.take_over)
+    if options.seeds > 1:
+        seeds = [str(directory / f"seed-{s}") for s in range(run.seed, run.seed + options.seeds)]
+        compare([*seeds, "--out", str(_beside(directory))])
+
+
+def resume(words: list[str]) -> None:
+    """Go on with the run in DIR from its last good checkpoint. Keys that the numbers do not depend on may change."""
+    from cluster import flags, session, storage
+
+    directory, rest = flags.leading(words)
+    path = session.configuration(storage.place(directory)) if directory else None
+    _, options, run = flags.configured("resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR")
+    session.train(run, storage.place(directory), take_over=options.take_over)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Adapt the θ of a run to held-out tasks and print mean ± 95 % CI after each inner step."""
+
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or its URL."""
+    tasks: int = 600
+    """Held-out tasks."""
+    steps: int = 10
+    """Inner steps."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Which tasks."""
+    checkpoint: str = "newest"
+    """newest, best (on validation), or the iteration of one that is kept."""
+    norms: tuple[Literal["transductive", "support_plus_one", "support_statistics", "frozen"], ...] = ()
+    """Normalisation modes to report; empty: as the run does."""
+    pool: str = ""
+    """local or ray; empty: as the run did."""
+    workers: int = 0
+    """Ray actors; 0: as the run did."""
+    inner_lr: float | None = None
+    """Rate of the inner loop; default: the run's."""
+    eps: float | None = None
+    """Attack support and query within this ball (pixels: [0, 1]); default: as the run does; 0: do not."""
+    json: Path | None = None
+    """Write the numbers to this file."""
+
+
+def evaluate(words: list[str]) -> None:
+    """Adaptation curves of a run on held-out tasks."""
+    from cluster import session
+    from cluster.storage import place, write_atomically
+
+    o = parsed("evaluate", Evaluate, words)
+    run, results = session.evaluate(place(o.dir), tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
+                                   norms=o.norms, pool=o.pool, workers=o.workers, inner_lr=o.inner_lr, eps=o.eps)  # fmt: skip
+    curves, matrix = results.curves, results.matrix
+    console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
+    for table in matrix.tables() if matrix else ():
+        console.print(table)
+    if o.json:
+        content = curves.as_dict() | ({"robustness": matrix.as_dict()} if matrix else {})
+        write_atomically(o.json, json.dumps(content, indent=1).encode())
+
+
+def _beside(home: Place) -> Path:
+    """Where the picture of several runs goes: among them, or here where they are in an object store."""
+    return home / "comparison.png" if isinstance(home, Path) else Path("comparison.png")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Table and plot of several runs; runs that differ in their seed only are averaged."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories; or one comparison (a preset or TOML file), whose runs are trained first, at equal budget."""
+    out: Path | None = None
+    """Where the plot goes, and beside it the table as text. Default: comparison.png, in DIR for a comparison."""
+    dir: str = ""
+    """Of a comparison: where its runs go; those that are there already are not trained again. Default: runs/RUN-DATE-TIME."""
+    seeds: int = 1
+    """Of a comparison: seeds per run."""
+    pool: Literal["ray", "local"] = "ray"
+    """Of a comparison: where tasks run."""
+    workers: int = 2
+    """Of a comparison: Ray actors."""
+
+
+def compare(words: list[str]) -> None:
+    """Table and plot of several runs."""
+    from cluster import comparison, session, storage
+
+    o = parsed("compare", Compare, words)
+    directories, out = [storage.place(d) for d in o.runs], o.out or Path("comparison.png")
+    if len(o.runs) == 1 and not directories[0].is_dir():
+        home = storage.place(o.dir or session.new_directory(directories[0].stem))
+        directories = session.train_all(o.runs[0], home, seeds=o.seeds, keys={"pool": o.pool, "workers": o.workers})
+        out = o.out or _beside(home)
+    groups = comparison.grouped(directories)
+    tables = comparison.tables(groups)
+    for table in tables:
+        console.print(table)
+    comparison.plot(groups, out)
+    comparison.write(tables, out.with_suffix(".txt"))
+    console.print(f"plot: {out}, table: {out.with_suffix('.txt')}", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the θ of a run as safetensors, for use with plain torch (README shows how)."""
+
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or its URL."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """File to write."""
+    checkpoint: str = "newest"
+    """newest, or best (on validation)."""
+
+
+def export(words: list[str]) -> None:
+    """θ as safetensors."""
+    from cluster import session, storage
+
+    o = parsed("export", Export, words)
+    names = session.export(storage.place(o.dir), o.out, o.checkpoint)
+    console.print(f"{o.out}: {len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", highlight=False)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the run in DIR is doing, or how it ended."""
+
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or its URL."""
+    follow: bool = False
+    """Show it anew every two seconds, until the run ends or Ctrl-C."""
+
+
+def status(words: list[str]) -> None:
+    """What a run is doing."""
+    from cluster import session, storage
+
+    o = parsed("status", Status, words)
+    directory = storage.place(o.dir)
+    if not o.follow:
+        console.print(session.status(directory))
+        return
+    with Live(session.status(directory), console=console, auto_refresh=False) as live:
+        while session.is_running(directory):
+            time.sleep(2.0)
+            live.update(session.status(directory), refresh=True)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Re-create the run in DIR from its journal, in this process: every step must end in the recorded bits."""
+
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or its URL."""
+
+
+def replay(words: list[str]) -> None:
+    """A run again, from its journal."""
+    from cluster import session, storage
+
+    o = parsed("replay", Replay, words)
+    console.print(session.replay(storage.place(o.dir)), highlight=False, soft_wrap=True)

@@ -217,6 +217,7 @@ class Driver:
         results = judge(self.recipe, self.dispatcher, state, "test", self.evaluation.tasks, self.shard)
         self.lease.check()
         Report(self.recipe, self.monitor, self.mirror, self.evaluation.pictures).publish(state, results, self._hparams)
+        self.journal.sync()
         self._status("finished", now=True)
 
     def _stop(self, state: str) -> None:

@@ -182,7 +182,8 @@ class PatchConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or transformed():
+        # Back to the images the patches are slow: by half for three channels (for one channel they still win).
+        if x.is_cuda or transformed() or (x.requires_grad and x.shape[1] > 1):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         kh, kw = self.kernel
         padded = F.pad(x, self.pad)

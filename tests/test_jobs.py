@@ -30,10 +30,12 @@ def cluster() -> Iterator[hosts.Hosts]:
         found.close()
 
 
-def submit(cluster: hosts.Hosts, environment: dict[str, str], words: list[str]) -> subprocess.CompletedProcess[str]:
+def submit(
+    cluster: hosts.Hosts, environment: dict[str, str], words: list[str], module: str = "cluster.train"
+) -> subprocess.CompletedProcess[str]:
     excludes = json.dumps({"excludes": [".git", ".venv", "runs", "teachers"]})
     command = [*hosts.RAY, "job", "submit", "--address", "http://10.93.0.10:8265", "--working-dir", ".", "--runtime-env-json", excludes,
-               "--", sys.executable, "-m", "cluster.train", *words]  # fmt: skip
+               "--", sys.executable, "-m", module, *words]  # fmt: skip
     return subprocess.run(cluster.command(command), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
@@ -56,3 +58,9 @@ def test_a_job_trains_on_the_cluster_and_the_same_command_finds_it_finished(tmp_
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     workers = json.loads((tmp_path / "run" / "status.json").read_text())["workers"]
     assert len(workers) == 2
+
+    few = ["--measure", "8", "--warmup", "2", "--execution", "vmap", "--no-independent"]
+    words = ["scale", "sinusoid", "--workers", "1,2", *few, "--address", "auto", "--dir", str(tmp_path / "scale")]
+    done = submit(cluster, cluster.environment, words, "cluster.cli")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "scale" / "scale.md").read_text().count("| strong | sync |") == 2

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from cluster import wire
 from cluster.policies import Work
-from cluster.storage import Place, children, make_folder, write_atomically
+from cluster.storage import Place, children, make_folder, read, remove, write_atomically
 from learners.base import Meta, Params, pack, unpack
 
 log = logging.getLogger("metafleet")
@@ -130,7 +130,7 @@ class Checkpoints:
         path = self._path(state.iteration)
         write_atomically(path, encode(state))
         for old in self._all()[self.keep :]:
-            old.unlink(missing_ok=True)
+            remove(old)
         return path
 
     def save_best(self, state: State) -> None:
@@ -179,4 +179,4 @@ def load(path: Place) -> State:
     """Read a checkpoint file. Raises ValueError for a damaged one, FileNotFoundError for a missing one."""
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}")
-    return decode(path.read_bytes(), str(path))
+    return decode(read(path), str(path))

@@ -79,7 +79,7 @@ class Driver:
         make_folder(self.directory)
         with ExitStack() as stack:
             self.lease = self._lease or stack.enter_context(Lease(self.directory).held())
-            stack.callback(self._open())
+            self._open(stack)
             try:
                 while self.iteration < self.iterations:
                     self.iterate()
@@ -115,14 +115,15 @@ class Driver:
         except OSError as error:
             log.warning("checkpoint at iteration %d not written (%s); the last good one stays, will try again", self.iteration, error)
 
-    def _open(self) -> Callable[[], None]:
-        """Restore the newest checkpoint, open journal and monitor; returns what closes them."""
+    def _open(self, stack: ExitStack) -> None:
+        """Restore the newest checkpoint, open journal and monitor; `stack` closes them."""
         restored = self.checkpoints.newest()
         if restored:
             self._restore(restored)
         path = self.directory / "journal"
         tickets, next_ticket = unfinished(path)
         self.journal = Journal(path, self.lease.check)
+        stack.callback(self.journal.close)
         self.ledger = Ledger(self.journal, max(next_ticket, restored.next_ticket if restored else 0))
         if restored:
             self.ledger.restore(restored.counts)
@@ -140,17 +141,12 @@ class Driver:
         batch = Batch(self.meta_batch // self.shard, self.shard, self.recipe.groups())
         self.stepper = self.policy.begin(self.recipe.outer, self.dispatcher, batch, restored.work if restored else Work())
         self.mirror = Mirror(self.directory, self.lease.check, kept=("metrics.jsonl",))
+        stack.callback(self.mirror.close)
         self.monitor = Monitor(self.mirror.local, self.iteration, self.iterations, prometheus_port=self._prometheus_port)
+        stack.callback(self.monitor.close)
         if restored and restored.evaluation_due:
             self._evaluate()
         self._status("running", now=True)
-
-        def close() -> None:
-            self.monitor.close()
-            self.mirror.close()
-            self.journal.close()
-
-        return close
 
     def _restore(self, state: State) -> None:
         """Take over a checkpoint, if it is of this run."""

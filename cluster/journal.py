@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from cluster import wire
-from cluster.storage import Place, children, create, is_local, move
+from cluster.storage import Place, children, create, is_local, move, read_all
 
 log = logging.getLogger("metafleet")
 
@@ -74,8 +74,9 @@ class Journal:
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one record; on a disk it survives this process, and anywhere the machine once `sync` returned."""
-        self._check(False)
         payload = wire.encode({"kind": kind, **fields})
+        if isinstance(self._out, _File):  # segments ask before each is written
+            self._check(False)
         try:
             self._out.append(_framed(payload))
         except OSError as error:
@@ -88,7 +89,11 @@ class Journal:
         self._out.sync()
 
     def close(self) -> None:
-        """Give the file back; nothing is written any more."""
+        """Write what waits, unless another process owns the run by now, and give the file back."""
+        try:
+            self._out.sync()
+        except (OSError, RuntimeError) as error:
+            log.warning("the end of %s is not written: %s", self._path, error)
         self._out.close()
 
 
@@ -172,7 +177,7 @@ def _content(path: Place) -> bytes:
     """Everything written, b"" where there is nothing."""
     if is_local(path) and not path.is_dir():
         return path.read_bytes() if path.exists() else b""
-    return b"".join(segment.read_bytes() for segment in children(path))
+    return read_all(path)
 
 
 def _usable(path: Place) -> int | None:

@@ -50,8 +50,7 @@ class Lease:
         finally:
             self._stopped.set()
             renewal.join()
-            if self._highest() == self.attempt:
-                self._try_write(0.0)
+            self._try_write(0.0)
 
     def check(self, always: bool = True) -> None:
         """Raise Fenced where a later attempt exists. Without `always`, look at most once a second."""
@@ -83,7 +82,8 @@ class Lease:
 
     def _try_write(self, renewed: float) -> None:
         try:
-            self._write(renewed)
+            if renewed or self._highest() == self.attempt:
+                self._write(renewed)
         except OSError as error:  # a full disk must neither end a run that could still finish nor hide why one ended
             log.warning("cannot renew the lease on %s (%s)", self.folder.parent, error)
 

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from cluster import config, session
+from cluster import config, session, storage
 from cluster.asynchronous import Asynchronous
 from cluster.config import Run
 from cluster.evaluate import Evaluation
@@ -60,11 +61,13 @@ class Experiment:
             raise ValueError(f"workers={','.join(map(str, self.sizes))}: different numbers of 1 or more wanted")
         if not self.policies or not self.scalings:
             raise ValueError("a policy (sync, async) and a kind of scaling (strong, weak) wanted")
-        if self.warmup < 1 or self.iterations < self.warmup + 2 or self.repeats < 1:
+        if not max(1, self.iterations // 1000) <= self.warmup <= self.iterations // 2 or self.repeats < 1:
             raise ValueError(
                 f"warmup={self.warmup}, iterations={self.iterations}, repeats={self.repeats}: "
-                "a warm-up of 1 or more, at least two iterations after it, and 1 or more repeats wanted"
+                "a warm-up of 1 to half of the iterations (and a thousandth of them at least), and 1 or more repeats wanted"
             )
+        if self.resize and "{workers}" not in self.resize:
+            raise ValueError(f"resize={self.resize!r}: a command with {{workers}} in it wanted")
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def measure(lines: list[dict[str, Any]], tasks: int, warmup: int) -> Measured:
 
 def _goal(line: dict[str, Any]) -> tuple[str, float]:
     """What training lowers: minus the return after adaptation, else the query loss."""
-    returns = sorted(k for k in line if k.startswith("train/return_step"))
+    returns = sorted((k for k in line if k.startswith("train/return_step")), key=lambda k: int(k.rpartition("step")[2]))
     return (returns[-1], -1.0) if returns else ("train/query_loss", 1.0)
 
 
@@ -135,19 +138,28 @@ def time_to(curve: list[tuple[float, float]], target: float) -> float:
 
 
 def conduct(run: Run, experiment: Experiment, home: Place) -> Iterator[Point]:
-    """Every point, as it is measured; the runs are in HOME/SCALING-POLICY-WORKERS/REPEAT."""
-    for scaling in experiment.scalings:
-        for policy in experiment.policies:
-            for workers in experiment.sizes:
-                yield _point(_sized(run, experiment, scaling, policy, workers), experiment, home, scaling, policy)
+    """Every point, as it is measured; the runs are in HOME/SCALING-POLICY-WORKERS/REPEAT. Raises ValueError where HOME has some already."""
+    if storage.children(home):
+        raise ValueError(f"{home} is not empty: another experiment needs another folder, or would measure these runs again")
+    series = [(s, p, _sized(run, experiment, s, p, n)) for s in experiment.scalings for p in experiment.policies for n in experiment.sizes]
+    for scaling, policy, sized in series:
+        yield _point(sized, experiment, home, scaling, policy)
 
 
 def _sized(run: Run, experiment: Experiment, scaling: Scaling, policy: str, workers: int) -> Run:
     """The run as it is on so many workers; all of them are there when it begins."""
     wanted = Asynchronous if policy == "async" else Synchronous
+    meta_batch = run.meta_batch * (workers if scaling == "weak" else 1)
+    if policy == "sync" and meta_batch // run.shard < workers:
+        raise ValueError(
+            f"a meta-batch of {meta_batch} in shards of {run.shard} keeps no more than {meta_batch // run.shard} workers busy, "
+            f"{workers} are wanted: --shard {max(1, meta_batch // (2 * workers))} or a larger --meta-batch"
+        )
+    if policy == "async" and isinstance(run.policy, Asynchronous) and run.policy.buffer:
+        raise ValueError("policy.buffer is to be 0 here: a step of one meta-batch, whatever the size of the fleet")
     return replace(
         run, pool="ray", workers=workers, min_workers=workers, iterations=experiment.iterations,
-        meta_batch=run.meta_batch * (workers if scaling == "weak" else 1),
+        meta_batch=meta_batch,
         policy=run.policy if isinstance(run.policy, wanted) else wanted(),
         evaluation=Evaluation(every=run.evaluation.every, validation_tasks=0, tasks=2, steps=min(1, run.evaluation.steps), pictures=0),
     )  # fmt: skip
@@ -162,7 +174,7 @@ def _point(run: Run, experiment: Experiment, home: Place, scaling: Scaling, poli
         if experiment.independent:
             alone.append(_independent(run, experiment.warmup))
         if experiment.resize:
-            subprocess.run(shlex.split(experiment.resize.format(workers=run.workers)), check=True)
+            _resize(experiment.resize.replace("{workers}", str(run.workers)))
         begin = time.time()
         session.train(run, folder / str(repeat))
         lines = _lines(folder / str(repeat))
@@ -170,11 +182,17 @@ def _point(run: Run, experiment: Experiment, home: Place, scaling: Scaling, poli
         runs.append(measure(lines, run.meta_batch, experiment.warmup))
     if alone:
         alone.append(_independent(run, experiment.warmup))
-    typical = sorted(runs, key=lambda m: m.tasks_per_s)[len(runs) // 2]
+    typical = sorted(runs, key=lambda m: m.tasks_per_s)[(len(runs) - 1) // 2]
     around = [statistics.fmean(pair) for pair in pairwise(alone)]
     shares = [m.tasks_per_s / both for m, both in zip(runs, around, strict=bool(alone))]
     return Point(scaling, policy, run.workers, run.meta_batch, statistics.median(startups), typical,
                  statistics.median(around) if alone else 0.0, statistics.median(shares) if alone else float("nan"))  # fmt: skip
+
+
+def _resize(command: str) -> None:
+    done = subprocess.run(shlex.split(command), check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command!r} failed with exit code {done.returncode}")
 
 
 def _lines(directory: Place) -> list[dict[str, Any]]:
@@ -183,33 +201,42 @@ def _lines(directory: Place) -> list[dict[str, Any]]:
 
 def _independent(run: Run, warmup: int) -> float:
     """Tasks/s that as many processes as there are workers, each with a whole run of its own, reach together while all of them work."""
-    alone = replace(run, pool="local", policy=Synchronous(), workers=1, min_workers=1)
+    alone = replace(run, pool="local", policy=Synchronous(), workers=1, min_workers=1, prometheus_port=0)
     with TemporaryDirectory() as home:
         directories = [Path(home) / str(i) for i in range(run.workers)]
-        processes = [_process(replace(alone, iterations=100 * run.iterations), d) for d in directories]
-        try:
+        with ExitStack() as stack:
+            processes = [stack.enter_context(_process(replace(alone, iterations=100 * run.iterations), d)) for d in directories]
             while min(map(_done, directories)) < run.iterations:
-                ended = next((p for p in processes if p.poll() is not None), None)
-                if ended and ended.stderr:
-                    raise RuntimeError(f"an independent process ended: {ended.stderr.read().decode()[-500:]}")
+                for process, directory in zip(processes, directories, strict=True):
+                    if process.poll() is not None:
+                        raise RuntimeError(f"an independent process ended: {(directory / 'said').read_text(errors='replace')[-500:]}")
                 time.sleep(0.2)
-        finally:
-            for process in processes:
+            for process in processes:  # all at once, so that none works alone
                 process.send_signal(signal.SIGTERM)
-            for process in processes:
-                process.communicate(timeout=PATIENCE)
         lines = [[line for line in _lines(d) if line["kind"] == "train" and line["iteration"] >= warmup] for d in directories]
     begin, end = max(each[0]["time"] for each in lines), min(each[-1]["time"] for each in lines)
     return sum(run.meta_batch * _rate(each, begin, end) for each in lines)
 
 
-def _process(run: Run, directory: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def _process(run: Run, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that trains `run` in `directory`, ended on the way out."""
     directory.mkdir()
     wanted = directory / "wanted.toml"
     wanted.write_text(config.to_toml(run))
     words = [sys.executable, "-m", "cluster.cli", "train", str(wanted), "--dir", str(directory)]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths})
+    with open(directory / "said", "wb") as said:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | {"PYTHONPATH": paths})
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _done(directory: Path) -> int:

@@ -13,10 +13,11 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 from upath import UPath
 
 log = logging.getLogger("metafleet")
@@ -32,13 +33,14 @@ def place(name: str | Path | UPath) -> Place:
     text = str(name)
     if "://" not in text:
         return name if isinstance(name, UPath) else Path(name)
-    scheme = text.partition("://")[0]
+    scheme, options = text.partition("://")[0], name.storage_options if isinstance(name, UPath) else {}
     if scheme in ("file", "local"):
-        return Path(UPath(text).path)
+        return Path(str(UPath(text).path))
     try:
-        return UPath(text, use_listings_cache=False, skip_instance_cache=scheme != "memory")
+        found: UPath = UPath(text, **{**options, "use_listings_cache": False, "skip_instance_cache": scheme != "memory"})
+        return found
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{text}: no file system for {scheme}:// ({error}); s3, gs, abfs: pip install 'metafleet[{scheme}]'") from error
+        raise ValueError(f"{text}: no file system for {scheme}:// ({error}); s3, gs and abfs are extras: pip install '.[s3]'") from error
 
 
 def is_local(at: Place) -> bool:
@@ -102,7 +104,7 @@ def create(at: Place, content: bytes) -> None:
     """Write a file that is not there yet. Raises FileExistsError where it is, or where another process was faster."""
     if not isinstance(at, Path):
         with reaching(at):
-            at.fs.pipe_file(at.path, content, mode="create")
+            _create(at, content)
         return
     with open(at, "xb") as f:
         f.write(content)
@@ -110,14 +112,53 @@ def create(at: Place, content: bytes) -> None:
         os.fsync(f.fileno())
 
 
+def _create(at: UPath, content: bytes) -> None:
+    try:
+        at.fs.pipe_file(at.path, content, mode="create")
+    except OSError as error:
+        # A write whose answer was lost is tried again by the store's library, and then finds itself. Some stores say no in other words.
+        try:
+            there = at.fs.cat_file(at.path)
+        except FileNotFoundError:
+            raise error from None
+        if there != content or not content:
+            raise FileExistsError(errno.EEXIST, f"{at} is there already") from error
+
+
+def read(at: Place) -> bytes:
+    """A file's content. Raises FileNotFoundError where there is none."""
+    with reaching(at):
+        return bytes(at.read_bytes())
+
+
+def read_all(folder: Place) -> bytes:
+    """All files of a folder one after the other, by name; b"" where there is none."""
+    files = children(folder)
+    if isinstance(folder, Path) or not files:
+        return b"".join(file.read_bytes() for file in files)
+    with reaching(folder):
+        paths = [(folder / file.name).path for file in files]
+        found = folder.fs.cat(paths)  # several at a time
+        return b"".join(found[folder.fs._strip_protocol(path)] for path in paths) if isinstance(found, dict) else found
+
+
+def remove(at: Place) -> None:
+    """Remove a file, if it is there."""
+    with reaching(at):
+        at.unlink(missing_ok=True)
+
+
 def children(folder: Place) -> list[Place]:
     """Files of a folder by name, as they are now; [] where there is none."""
-    if not isinstance(folder, Path):
-        with reaching(folder):
-            folder.fs.invalidate_cache()
-            found = folder.fs.ls(folder.path, detail=False) if folder.fs.isdir(folder.path) else []
-            return [folder / name for name in sorted(f.rstrip("/").rpartition("/")[2] for f in found) if name]
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    if isinstance(folder, Path):
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    with reaching(folder):
+        folder.fs.invalidate_cache()
+        try:
+            found = folder.fs.ls(folder.path, detail=False)
+        except FileNotFoundError:
+            return []
+        return [folder / name for name in sorted(f.rstrip("/").rpartition("/")[2] for f in found) if name]
 
 
 class Mirror:
@@ -131,41 +172,60 @@ class Mirror:
         """`kept`: files that an earlier attempt left and this one goes on with."""
         self.home, self._check = home, check
         self._seen: dict[str, tuple[int, int]] = {}
-        self._stopped, self._thread = threading.Event(), None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
         if isinstance(home, Path):
             self.local = home
             return
         self.local = Path(tempfile.mkdtemp(prefix="metafleet-"))
         for name in kept:
-            if (home / name).exists():
-                (self.local / name).write_bytes((home / name).read_bytes())
+            with suppress(FileNotFoundError):
+                (self.local / name).write_bytes(read(home / name))
         self._thread = threading.Thread(target=self._go_on, daemon=True)
         self._thread.start()
 
     def copy(self) -> None:
-        """Copy what has changed. Raises OSError."""
+        """Copy what has changed. Raises OSError for the first file that could not be copied, after trying the others."""
+        failed: OSError | None = None
         for path in sorted(p for p in self.local.rglob("*") if p.is_file() and not p.name.endswith(".partial")):
             stat, name = path.stat(), path.relative_to(self.local).as_posix()
-            if self._seen.get(name) != (stat.st_mtime_ns, stat.st_size):
-                self._check()
+            if self._seen.get(name) == (stat.st_mtime_ns, stat.st_size):
+                continue
+            self._check()
+            try:
                 write_atomically(self.home / name, path.read_bytes())
                 self._seen[name] = (stat.st_mtime_ns, stat.st_size)
+            except OSError as error:
+                failed = failed or error
+        if failed:
+            raise failed
 
     def close(self) -> None:
-        """Copy for the last time, and remove the folder here."""
+        """Copy for the last time, and remove the folder here; it stays, and OSError says where, if the store does not take its files.
+
+        Whoever no longer owns the run copies nothing.
+        """
         if self._thread is None:
             return
         self._stopped.set()
         self._thread.join()
-        self._try()
+        try:
+            self._copy_last()
+        except OSError as error:
+            raise OSError(
+                error.errno or errno.EIO, f"{self.home} does not take this run's last files ({error}); they are in {self.local}"
+            ) from error
+        except RuntimeError as error:  # fenced
+            log.warning("not copied to %s: %s", self.home, error)
         shutil.rmtree(self.local, ignore_errors=True)
+
+    @retry(retry=retry_if_exception_type(OSError), stop=stop_after_attempt(3), wait=wait_fixed(2), reraise=True)
+    def _copy_last(self) -> None:
+        self.copy()
 
     def _go_on(self) -> None:
         while not self._stopped.wait(COPY_EVERY):
-            self._try()
-
-    def _try(self) -> None:
-        try:
-            self.copy()
-        except (OSError, RuntimeError) as error:
-            log.warning("not copied to %s: %s", self.home, error)
+            try:
+                self.copy()
+            except (OSError, RuntimeError) as error:
+                log.warning("not copied to %s: %s", self.home, error)

@@ -81,7 +81,7 @@ def scale(words: list[str]) -> None:
     policies, words = flags.taken(words, "--policy", "sync")
     name, o, run = flags.configured("scale", words, ScaleOptions, scale.__doc__ or "")
     experiment = Experiment(
-        flags.numbers("workers", sizes), flags.among("policy", policies, ("sync", "async")),
+        tuple(sorted(flags.numbers("workers", sizes))), flags.among("policy", policies, ("sync", "async")),
         ("strong", "weak") if o.scaling == "both" else (o.scaling,), o.measure, o.warmup, o.repeats, o.independent, o.resize,
     )  # fmt: skip
     label = re.sub(r"\W+", "-", Path(name).stem)

@@ -1,6 +1,6 @@
 """A sweep over a preset with Ray Tune: every trial is `metafleet train` in one process, somewhere in the cluster.
 
-    pip install 'metafleet[sweep]'
+    pip install --constraint constraints.txt '.[sweep]'
     python deploy/sweep.py omniglot-5way-1shot --home runs/sweep --trials 16 --iterations 2000
     ray job submit --working-dir . -- python deploy/sweep.py omniglot-5way-1shot --home s3://BUCKET/sweep --trials 64
 
@@ -66,9 +66,13 @@ def trial(keys: dict[str, Any], sweep: Sweep) -> None:
 def main() -> None:
     """Run it."""
     sweep = tyro.cli(Sweep, description=__doc__)
+    if sweep.iterations < 4:
+        sys.exit(f"iterations={sweep.iterations}: at least 4 wanted")
     home = storage.place(sweep.home)
     if isinstance(home, Path):  # trials have working directories of their own
         sweep = replace(sweep, home=str(home.resolve()))
+    if Path(sweep.run).is_file():
+        sweep = replace(sweep, run=str(Path(sweep.run).resolve()))
     scheduler = ASHAScheduler(time_attr="part", max_t=4, grace_period=1, reduction_factor=2)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, sweep=sweep), {"cpu": 1}),

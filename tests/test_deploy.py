@@ -170,8 +170,8 @@ def test_a_cluster_to_work_on_is_that_of_the_job() -> None:
 def test_the_scaling_jobs_command_is_one_that_we_take() -> None:
     job = next(m for m in rendered("scale") if m["kind"] == "Job")
     (script,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
-    line = next(line for line in script.replace("\\\n", " ").splitlines() if line.startswith("metafleet scale"))
-    sizes, words = flags.taken(shlex.split(line)[2:], "--workers", "")
+    line = next(line for line in script.replace("\\\n", " ").splitlines() if line.startswith("exec metafleet scale"))
+    sizes, words = flags.taken(shlex.split(line)[3:], "--workers", "")
     policies, words = flags.taken(words, "--policy", "")
     _, options, run = flags.configured("scale", words, tools.ScaleOptions, "")
     cluster = next(m for m in rendered("scale") if m["kind"] == "RayCluster")["spec"]["workerGroupSpecs"][0]

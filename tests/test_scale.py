@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_efficiency_is_throughput_per_worker_over_the_smallest_fleets() -> None:
 
 
 def test_weak_scaling_grows_the_meta_batch_and_a_policy_keeps_its_settings() -> None:
-    run = config.load("sinusoid", {"policy.name": "asynchronous"})
+    run = replace(config.load("sinusoid", {"policy.name": "asynchronous"}), shard=10)
     assert _sized(run, Experiment(), "weak", "async", 3).meta_batch == 3 * run.meta_batch
     assert _sized(run, Experiment(), "strong", "async", 3).policy is run.policy
     assert type(_sized(run, Experiment(), "strong", "sync", 3).policy).__name__ == "Synchronous"
@@ -85,12 +86,20 @@ def test_weak_scaling_grows_the_meta_batch_and_a_policy_keeps_its_settings() -> 
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (["--workers", "1,x"], "workers='1,x': numbers like 1,2,4 wanted"), (["--workers", "2,2"], "different numbers"),
-    (["--workers", "0"], "numbers of 1 or more"), (["--policy", "often"], "sync or async"), (["--measure", "4"], "at least two iterations"),
+    (["--workers", "1,8"], "keeps no more than 2 workers busy, 8 are wanted: --shard 6"), (["--resize", "true"], "with {workers} in it"),
+    (["--workers", "0"], "numbers of 1 or more"), (["--policy", "often"], "sync or async"), (["--measure", "4"], "a warm-up of 1 to half"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["scale", "sinusoid", *words])
     assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_with_runs_is_not_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "strong-sync-1").mkdir()
+    with pytest.raises(SystemExit):
+        main(["scale", "sinusoid", "--dir", str(tmp_path)])
+    assert "is not empty: another experiment needs another folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_flags_that_mean_something_else_are_taken_out() -> None:

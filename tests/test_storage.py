@@ -165,6 +165,40 @@ def test_a_driver_that_was_taken_over_adds_no_segment_after_the_newcomers(store:
     assert [p.name for p in storage.children(store / "journal")] == ["00000000", "00000001", "00000002"]
 
 
+def test_a_write_that_was_tried_twice_is_ours(store: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to a conditional write got lost, and the library tried again."""
+    written = Journal(store / "journal")
+    written.write("attempt", iteration=3)
+    real = store.fs.pipe_file  # type: ignore[union-attr]
+
+    def twice(path: str, content: bytes, **options: object) -> None:
+        real(path, content, **options)
+        real(path, content, **options)
+
+    monkeypatch.setattr(store.fs, "pipe_file", twice)  # type: ignore[union-attr]
+    written.close()
+    monkeypatch.undo()
+    assert [r["iteration"] for r in journal.read(store / "journal")] == [3]
+    storage.create(store / "lease", b"me")
+    storage.create(store / "lease", b"me")
+    with pytest.raises(FileExistsError):
+        storage.create(store / "lease", b"you")
+
+
+def test_what_a_store_does_not_take_at_the_end_stays_here(store: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = Mirror(store)
+    (mirror.local / "evaluation.json").write_bytes(b"{}")
+
+    def full(path: str, *words: object, **options: object) -> None:
+        raise ConnectionError("503")
+
+    monkeypatch.setattr(store.fs, "pipe_file", full)  # type: ignore[union-attr]
+    monkeypatch.setattr(storage.Mirror._copy_last.retry, "wait", lambda state: 0.0)  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match="does not take this run's last files"):
+        mirror.close()
+    assert (mirror.local / "evaluation.json").read_bytes() == b"{}"
+
+
 def test_a_second_driver_is_refused_and_a_released_lease_is_free(store: Place) -> None:
     with Lease(store).held(), pytest.raises(BlockingIOError, match="is in use by process"), Lease(store).held():
         pass

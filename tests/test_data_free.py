@@ -23,6 +23,7 @@ from cluster.messages import Assignment
 from cluster.pool import LocalPool, Pool
 from envs import store
 from envs.base import HasFiles
+from envs.data_free import DataFree
 from envs.glyphs import Glyphs
 from learners.base import Meta, Sum, pack
 from learners.maml import MAML
@@ -310,6 +311,18 @@ def test_two_data_sets_and_two_architectures_in_one_pool_train(pool_folder: Path
 def _train(directory: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
+
+
+def test_a_picture_of_normalised_images_shows_the_files_pixels(pool_folder: Path) -> None:
+    task = data_free(pool_folder).task
+    assert isinstance(task, DataFree)
+    assert task.mean
+    drawn = task.sample("test", np.random.default_rng(1))
+    figure = task.picture([drawn], [lambda x: np.zeros((1, len(x), 3))], [0])
+    first = np.asarray(figure.subfigs[0].axes[0].images[0].get_array())
+    wanted = replace(task, mean=(), std=()).sample("test", np.random.default_rng(1))["support_x"][0, 0]
+    np.testing.assert_allclose(first, wanted, atol=1e-6)
+    assert not np.allclose(drawn["support_x"][0, 0], wanted, atol=0.1)
 
 
 def test_impossible_data_free_runs_are_refused(pool_folder: Path) -> None:

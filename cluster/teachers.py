@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import tomllib
 from collections.abc import Iterator
@@ -68,7 +69,9 @@ def imported(description: Path, folder: Path) -> list[str]:
     for i, entry in enumerate(table["teacher"]):
         spec, model = _model(entry, shape, ways, f"{description}: teacher {i}")
         path = description.parent / str(entry.get("file", ""))
-        state = _fitting(_read(path), model, str(path))
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file")
+        state = _fitting(_tensors(path.read_bytes(), path), model, str(path))
         entries.append(written(folder, i, spec, state) | {k: entry[k] for k in ("accuracy", "classes") if k in entry})
     write_index(folder, shape, ways, mean, std, entries)
     return [e["architecture"]["name"] for e in entries]
@@ -83,9 +86,10 @@ def load(folder: Path) -> TeacherPool:
         where = f"{folder / INDEX}: teacher {i}"
         spec, model = _model(entry, shape, ways, where)
         path = folder / str(entry.get("file", ""))
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry.get("sha256"):
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
             raise ValueError(f"{where}: {path} is missing or not the file that was written (its checksum differs)")
-        teachers.append(Teacher(model, _fitting(_read(path), model, str(path)), ways))
+        teachers.append(Teacher(model, _fitting(_tensors(content, path), model, str(path)), ways))
         specs.append(spec)
         accuracy.append(float(entry.get("accuracy", "nan")))
     return TeacherPool(tuple(teachers), tuple(specs), tuple(accuracy), shape, mean, std)
@@ -126,13 +130,11 @@ def _model(entry: dict[str, Any], shape: tuple[int, int, int], ways: int, where:
     return spec, model
 
 
-def _read(path: Path) -> Params:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+def _tensors(content: bytes, path: Path) -> Params:
     try:
         if path.suffix == ".safetensors":
-            return load_tensors(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_tensors(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
     except Exception as error:  # torch's unpickler: whatever it refuses

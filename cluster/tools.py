@@ -87,11 +87,13 @@ def scale(words: list[str]) -> None:
     label = re.sub(r"\W+", "-", Path(name).stem)
     home = storage.place(o.dir or session.new_directory(f"scale-{label}"))
     monitor.plain_logging()
+    facts = {
+        "run": name, "command": f"metafleet {' '.join(sys.argv[1:])}", "processors": len(os.sched_getaffinity(0)),
+        "seed": run.seed, "straggler": run.straggler,
+    } | environment()  # fmt: skip
     points = []
     for point in conduct(run, experiment, home):
         points.append(point)
-        seen = {"run": name, "command": f"metafleet {' '.join(sys.argv[1:])}", "processors": len(os.sched_getaffinity(0))}
-        facts = seen | {"seed": run.seed, "straggler": run.straggler} | environment()
         scale_report.write(points, experiment, facts, home)  # what has been measured is kept, whatever comes
     console.print(scale_report.table(points, f"scaling of {name}"))
     console.print(f"report: {home / 'scale.md'}, plot: {home / 'scale.png'}", highlight=False, soft_wrap=True)

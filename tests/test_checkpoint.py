@@ -171,12 +171,17 @@ def test_of_many_drivers_that_come_at_once_one_wins(tmp_path: Path) -> None:
     assert (winners, len(losers)) == ([1], 7)
 
 
-def test_the_journal_drops_a_record_cut_off_by_a_crash_and_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
+def recorded(path: Path, records: int) -> Path:
+    """A journal of so many records, closed."""
     book = Journal(path)
-    for i in range(3):
+    for i in range(records):
         book.write("note", version=i)
     book.close()
+    return path
+
+
+def test_the_journal_drops_a_record_cut_off_by_a_crash_and_goes_on(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "journal", 3)
     whole = path.read_bytes()
     for cut in range(1, 20):
         path.write_bytes(whole[:-cut])
@@ -187,11 +192,7 @@ def test_the_journal_drops_a_record_cut_off_by_a_crash_and_goes_on(tmp_path: Pat
 
 
 def test_a_journal_with_any_byte_changed_loses_nothing_silently(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    book = Journal(path)
-    for i in range(3):
-        book.write("note", version=i)
-    book.close()
+    path = recorded(tmp_path / "journal", 3)
     whole = path.read_bytes()
     last = len(whole) - len(whole) // 3
     for position in range(len(whole)):
@@ -210,10 +211,7 @@ def test_a_journal_with_any_byte_changed_loses_nothing_silently(tmp_path: Path) 
 
 
 def test_zeros_that_a_power_failure_left_at_the_end_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    book = Journal(path)
-    book.write("note", version=0)
-    book.close()
+    path = recorded(tmp_path / "journal", 1)
     path.write_bytes(path.read_bytes() + bytes(100))
     Journal(path).close()
     assert [r["version"] for r in journal.read(path)] == [0]
@@ -221,11 +219,7 @@ def test_zeros_that_a_power_failure_left_at_the_end_are_dropped(tmp_path: Path) 
 
 
 def test_a_journal_damaged_in_the_middle_is_set_aside_not_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "journal"
-    book = Journal(path)
-    for i in range(3):
-        book.write("note", version=i)
-    book.close()
+    path = recorded(tmp_path / "journal", 3)
     damaged = bytearray(path.read_bytes())
     damaged[14] ^= 1
     path.write_bytes(damaged)

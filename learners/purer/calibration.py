@@ -38,7 +38,7 @@ class Calibration:
     """What is calibrated."""
     per_class: int = 5
     """Inverted images per class."""
-    inversion_steps: int = 200
+    inversion_steps: int = 100
     """Steps of Adam on the images."""
     inversion_lr: float = 0.25
     """Its rate."""

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cluster import config, session
 from cluster.storage import Place, write_atomically
+from cluster.tables import flat, to_table
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def grouped(directories: Sequence[Place]) -> list[Group]:
         if not (directory / "evaluation.json").exists():
             raise FileNotFoundError(f"{directory} has no evaluation.json: not a run directory, or a run that has not finished")
         run = config.load(str(session.configuration(directory)))
-        key = json.dumps({k: v for k, v in config.flat(config.to_table(run)).items() if k != "seed"})
+        key = json.dumps({k: v for k, v in flat(to_table(run)).items() if k != "seed"})
         groups.setdefault(key, []).append(directory)
         runs[key] = run
     return [_group(members, runs[key]) for key, members in groups.items()]

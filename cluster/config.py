@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
-import pydantic
 import tomli_w
 
-from cluster.catalog import CHOICES
 from cluster.checkpoint import Checkpointing
 from cluster.evaluate import Evaluation
 from cluster.policies import Policy, Synchronous
 from cluster.storage import Place, place
+from cluster.tables import Table, choose, flat, from_table, merged, nearest, to_table
 from cluster.wire import Compression
 from envs.base import TaskFamily
 from envs.sinusoid import Sinusoid
@@ -30,8 +27,6 @@ from learners.policy_gradient import InnerLoss
 from learners.verbs import training_steps
 
 PRESETS = Path(__file__).parent / "presets"
-Table: TypeAlias = dict[str, Any]
-
 VARIANTS = "runs"
 BUDGETS = ("passes", "env_steps")
 """Keys of a TOML file that make it a comparison of several runs, and say what each may spend."""
@@ -174,7 +169,7 @@ def load(name: str, overrides: dict[str, str] | None = None) -> Run:
     if VARIANTS in table:
         raise ValueError(f"RUN={name!r} is a comparison of {len(table[VARIANTS])} runs: metafleet compare {name}")
     for path, choice in (overrides or {}).items():
-        _choose(table, path.split("."), choice)
+        choose(table, path.split("."), choice)
     run: Run = from_table(Run, table)
     return run
 
@@ -191,7 +186,7 @@ def read(name: str, extending: tuple[Place, ...] = ()) -> Table:
     base = table.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise ValueError(f"{path}: extends={base!r}: a preset's name or a path wanted")
-    table = _merged(read(base, (*extending, path)), table) if base else table
+    table = merged(read(base, (*extending, path)), table) if base else table
     for note in NOTES:
         table.pop(note, None)
     return table
@@ -212,7 +207,7 @@ def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
     runs = {}
     for variant, differences in variants.items():
         differences = {k: v for k, v in differences.items() if k != BEGINNING}
-        run: Run = from_table(Run, _merged(table, differences) | (overrides or {}), f"{VARIANTS}.{variant}.")
+        run: Run = from_table(Run, merged(table, differences) | (overrides or {}), f"{VARIANTS}.{variant}.")
         if "iterations" not in differences:
             run = dataclasses.replace(run, iterations=max(1, allowed // spent(run, *budget)))
         runs[variant] = run
@@ -252,7 +247,7 @@ def find(name: str, folder: Place = Path()) -> Place:
     path = PRESETS / f"{name}.toml"
     if not path.exists():
         raise ValueError(
-            f"RUN={name!r} is neither a preset nor a .toml file{_nearest(name, presets()) or '; `metafleet list` shows the presets'}"
+            f"RUN={name!r} is neither a preset nor a .toml file{nearest(name, presets()) or '; `metafleet list` shows the presets'}"
         )
     return path
 
@@ -262,69 +257,11 @@ def presets() -> list[str]:
     return sorted(p.stem for p in PRESETS.glob("*.toml"))
 
 
-def from_table(cls: Any, table: Table, path: str = "") -> Any:
-    """A dataclass from a table. Raises ValueError with the full key for whatever does not fit."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    for key in table:
-        if key not in fields:
-            raise ValueError(f"unknown key {path}{key}{_nearest(key, sorted(fields), path)}")
-    values = {key: _value(hints[key], value, f"{path}{key}") for key, value in table.items()}
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    for name in required:
-        if name not in values:
-            raise ValueError(f"{path}{name} is missing")
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}{error}") from error
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    choices = CHOICES.get(getattr(hint, "__name__", ""))
-    if choices is not None or dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}={value!r}: a table wanted")
-        rest = dict(value)
-        if choices is not None:
-            name = rest.pop("name", None)
-            if name not in choices:
-                raise ValueError(f"{path}.name={name!r} is not one of {', '.join(choices)}{_nearest(str(name), list(choices))}")
-            hint = choices[name]
-        return from_table(hint, rest, f"{path}.")
-    try:
-        return pydantic.TypeAdapter(hint, config={"allow_inf_nan": True}).validate_python(value)
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{path}={value!r}: {error.errors()[0]['msg'].replace('Input should', 'should')}") from error
-
-
-def to_table(config: Any) -> Table:
-    """The table that `from_table` reads back; every key is there, names of choices included."""
-    table: Table = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            names = {c: n for choices in CHOICES.values() for n, c in choices.items()}
-            name = {"name": names[type(value)]} if type(value) in names else {}
-            table[f.name] = name | to_table(value)
-        else:
-            table[f.name] = list(value) if isinstance(value, tuple) else value
-    return table
-
-
 def to_toml(run: Run, notes: Table | None = None) -> str:
     """The resolved run as TOML; scalars first, then tables."""
     table = to_table(run)
     scalars = {k: v for k, v in table.items() if not isinstance(v, dict)}
     return tomli_w.dumps(scalars | {k: v for k, v in table.items() if isinstance(v, dict)} | (notes or {}))
-
-
-def flat(table: Table, path: str = "") -> dict[str, Any]:
-    """Leaves by dotted key."""
-    leaves: dict[str, Any] = {}
-    for key, value in table.items():
-        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return leaves
 
 
 def check_resumable(old: Run, new: Run) -> None:
@@ -336,29 +273,3 @@ def check_resumable(old: Run, new: Run) -> None:
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: it cannot change on resume "
                 f"(only {', '.join(RESUMABLE)} can); use another directory for another run"
             )
-
-
-def _choose(table: Table, path: list[str], choice: str) -> None:
-    """Set a `name` key; keys of another choice do not carry over."""
-    for key in path[:-1]:
-        table = table.setdefault(key, {})
-    if table.get("name") != choice:
-        kept = {k: v for k, v in table.items() if isinstance(v, dict)}
-        table.clear()
-        table.update(kept)
-        table["name"] = choice
-
-
-def _merged(base: Table, table: Table) -> Table:
-    if "name" in table and table["name"] != base.get("name"):
-        return dict(table)
-    merged = dict(base)
-    for key, value in table.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merged(base[key], value) if both else value
-    return merged
-
-
-def _nearest(word: str, known: list[str], path: str = "") -> str:
-    near = difflib.get_close_matches(word, known, 1, 0.5)
-    return f"; did you mean {path}{near[0]}?" if near else ""

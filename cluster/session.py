@@ -28,6 +28,7 @@ from cluster.replay import replay as replayed
 from cluster.replay import steps
 from cluster.report import Results, judge
 from cluster.storage import Place, make_folder, place, write_atomically
+from cluster.tables import flat, to_table
 from cluster.worker import environment, set_up_torch
 from learners.objectives import NormMode
 
@@ -67,7 +68,7 @@ def train(run: Run, directory: Place, *, init_from: str = "", take_over: bool = 
                     parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
                     policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation, lease=lease,
                     allow_mixed_fleet=run.allow_mixed_fleet, prometheus_port=run.prometheus_port, interrupted=lambda: bool(received),
-                    hparams=config.flat(config.to_table(run)),
+                    hparams=flat(to_table(run)),
                 ).run()  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*received) from None

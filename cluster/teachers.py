@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from cluster import config
 from cluster.catalog import MODELS
 from cluster.storage import write_atomically
+from cluster.tables import from_table, to_table
 from learners.base import Params
 from learners.models import Functional, ModelSpec, functional
 from learners.purer.inversion import Teacher
@@ -123,7 +123,7 @@ def _model(entry: dict[str, Any], shape: tuple[int, int, int], ways: int, where:
     architecture = entry.get("architecture")
     if not isinstance(architecture, dict) or architecture.get("name") not in MODELS:
         raise ValueError(f"{where}: architecture={architecture!r}: a table with a name of {', '.join(MODELS)} wanted")
-    spec: ModelSpec = config.from_table(MODELS[architecture["name"]], {k: v for k, v in architecture.items() if k != "name"}, f"{where}: ")
+    spec: ModelSpec = from_table(MODELS[architecture["name"]], {k: v for k, v in architecture.items() if k != "name"}, f"{where}: ")
     model = functional(spec.build(shape, ways))
     if not model.normalises:
         raise ValueError(f"{where}: {architecture['name']} has no BatchNorm layer, whose statistics inversion needs")
@@ -162,7 +162,7 @@ def written(folder: Path, number: int, spec: ModelSpec, state: Params) -> dict[s
     name = f"{number:03d}.safetensors"
     content = save_tensors({k: v.contiguous() for k, v in state.items()})
     write_atomically(folder / name, content)
-    architecture = {"name": next(n for n, c in MODELS.items() if c is type(spec))} | config.to_table(spec)
+    architecture = {"name": next(n for n, c in MODELS.items() if c is type(spec))} | to_table(spec)
     return {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "architecture": architecture}
 
 

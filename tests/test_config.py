@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import assemble, catalog, config
+from cluster.tables import flat, to_table
 from envs.data_free import DataFree
 from learners.maml import MAML
 from learners.optimisers import Adam
@@ -120,7 +121,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_hold_the_published_numbers(name: str) -> None:
     run = config.load(name)
-    flat = config.flat(config.to_table(run))
+    leaves = flat(to_table(run))
     where = {
         "inner_lr": "learner.inner_lr", "inner_steps": "learner.inner_steps", "queries": "task.queries", "clip": "outer.clip_value",
         "test_steps": "evaluation.steps", "train": "task.source.train", "validation": "task.source.validation", "width": "model.width",
@@ -129,7 +130,7 @@ def test_presets_hold_the_published_numbers(name: str) -> None:
         "attack_steps": "learner.attack.steps", "attack_step": "learner.attack.step_size",
         "batch": "learner.batch", "test_batch": "learner.test_batch", "train_shots": "task.train_shots",
     }  # fmt: skip
-    assert {k: flat[where.get(k, k)] for k in PUBLISHED[name]} == PUBLISHED[name]
+    assert {k: leaves[where.get(k, k)] for k in PUBLISHED[name]} == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,7 +29,7 @@ TINY = [*SIZE, *HELD_OUT, "--execution", "vmap", "--pool", "local"]
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """No wrapped lines."""
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 def metafleet(*words: str, expect: int = 0) -> None:

@@ -44,7 +44,7 @@ def curve(axes: Axes, directory: Path) -> None:
     train = [(line["iteration"], line["purer/difficulty"]) for line in lines if line["kind"] == "train"]
     iterations, difficulty = np.array(train).T
     mean = np.convolve(difficulty, np.ones(SMOOTHED) / SMOOTHED, "valid")
-    axes.plot(iterations[SMOOTHED - 1 :], mean, label="/".join(directory.parts[-2:]))
+    axes.plot(iterations[SMOOTHED - 1 :], mean, label="/".join(directory.parts[-3:]))
 
 
 def main() -> None:

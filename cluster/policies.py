@@ -212,7 +212,8 @@ def idle(workers: int, metrics: dict[str, float]) -> dict[str, float]:
     travel and the driver works.
     """
     compute = metrics["perf/compute_s"]
-    waiting = workers * metrics["perf/busiest_s"] - compute if "perf/busiest_s" in metrics else 0.0
+    # What a worker computed before it was lost in this step is counted, the worker is not: the difference may be less than nothing.
+    waiting = max(0.0, workers * metrics.get("perf/busiest_s", 0.0) - compute)
     return {"perf/waiting_s": waiting, "perf/communication_s": workers * metrics["perf/iteration_s"] - compute - waiting}
 
 

@@ -51,6 +51,8 @@ def test_lines_that_stand_for_several_iterations_count_as_many() -> None:
 
 def test_a_step_without_rounds_has_no_waiting() -> None:
     assert idle(4, {"perf/iteration_s": 1.0, "perf/compute_s": 3.0}) == {"perf/waiting_s": 0.0, "perf/communication_s": 1.0}
+    one_of_two_lost = {"perf/iteration_s": 2.5, "perf/compute_s": 1.5, "perf/busiest_s": 1.0}
+    assert idle(1, one_of_two_lost) == {"perf/waiting_s": 0.0, "perf/communication_s": 1.0}
 
 
 def test_time_to_a_loss_is_that_of_a_mean_of_five() -> None:

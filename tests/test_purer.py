@@ -21,6 +21,7 @@ from learners.purer.curriculum import Switch
 from learners.purer.inversion import FROZEN, Inversion, Teacher, feature_distance, norm, roll, total_variation
 from learners.purer.objective import DataFree, episode
 from learners.purer.outer import Purer
+from learners.purer.schooling import Schooling
 from tests.quadratics import ALPHA, T1, THETA, Quadratic
 
 SMALL = Conv4(width=4, halving="pool", features="flat", norm_scale=True)
@@ -37,6 +38,18 @@ def test_total_variation_of_a_checkerboard_and_of_a_constant() -> None:
     grads, value = differentiate(lambda p: total_variation(p["x"]), {"x": flat}, False)
     assert value.item() == 0
     assert torch.equal(grads["x"], torch.zeros_like(flat))
+
+
+def test_total_variation_looks_along_both_axes_and_both_diagonals() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = 0.0
+    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        pairs = [
+            (x[n, c, i + down, j + right] - x[n, c, i, j]).item() ** 2
+            for n in range(2) for c in range(3) for i in range(4 - down) for j in range(max(0, -right), 5 - max(0, right))
+        ]  # fmt: skip
+        wanted += math.sqrt(sum(pairs))
+    assert total_variation(x).item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_feature_distance_of_a_constant_input() -> None:
@@ -178,3 +191,45 @@ def test_calibration_draws_real_features_to_the_inverted_ones_of_their_class() -
     assert torch.equal(body_only["head.weight"], params["head.weight"])
     assert not torch.equal(after["head.weight"], params["head.weight"])
     assert DataFreeMAML(calibration=Calibration("off")).at_test() == DataFreeMAML(calibration=Calibration("off"))
+
+
+def test_only_the_last_step_at_test_is_calibrated() -> None:
+    torch.manual_seed(0)
+    objective = DataFree(functional(SMALL.build((1, 16, 16), 3)), "cross_entropy")
+    data = {"support_x": torch.randn(3, 1, 16, 16), "support_y": torch.arange(3), "noise": torch.randn(15, 1, 16, 16)}
+    meta = Meta(objective.model.params(), {})
+    learner = DataFreeMAML(0.1, 2, calibration=Calibration(inversion_steps=2, steps=1))
+    plain, found = (list(each.path(meta, objective, data, 2)) for each in (MAML(0.1, 2), learner.at_test()))
+    wanted = [*plain[:-1], learner.calibration(objective, plain[-1], data, 0.1)]
+    for got, like in zip(found, wanted, strict=True):
+        assert all(torch.equal(got[k], like[k]) for k in like)
+    assert not torch.equal(found[-1]["head.weight"], plain[-1]["head.weight"])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_teachers_are_taught_as_torchs_optimisers_and_schedule_would(residual: bool) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
+    network = nn.Sequential(*layers).double()
+    plan = Schooling(epochs=6, batch=8, clip_norm=1.5)
+    x, y = torch.randn(20, 1, 6, 6, dtype=torch.float64), torch.randint(0, 3, (20,))
+    order = torch.stack([torch.randperm(20) for _ in range(plan.epochs)])
+    taught, share = plan.train(functional(network), residual, {"x": x, "y": y, "order": order, "held_x": x, "held_y": y})
+
+    own = network.parameters()
+    optimiser = torch.optim.SGD(own, 1e-2, momentum=0.9, weight_decay=5e-4) if residual else torch.optim.Adam(own, 1e-2)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [3, 4, 5], 0.2)
+    clipped = 0
+    for rows_of_epoch in order:
+        for rows in rows_of_epoch.split(8):
+            optimiser.zero_grad()
+            F.cross_entropy(network(x[rows]), y[rows]).backward()
+            clipped += int(nn.utils.clip_grad_norm_(network.parameters(), 1.5) > 1.5)
+            optimiser.step()
+        schedule.step()
+    assert 0 < clipped < 18
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(taught[name], value.detach(), rtol=1e-4, atol=1e-6)  # torch clips to limit/(norm + 1e-6)
+    torch.testing.assert_close(taught["1.running_mean"], network[1].running_mean, rtol=1e-4, atol=1e-6)
+    network.eval()
+    assert share.item() == pytest.approx((network(x).argmax(-1) == y).double().mean().item(), abs=0.05)

@@ -57,9 +57,10 @@ class Schooling:
                 if len(rows) < 2:  # no variance
                     continue
                 grads, seen = self._gradient(model, params, running, data["x"][rows], data["y"][rows])
-                if residual:
+                grads = clip_by_norm(grads, self.clip_norm)
+                if residual:  # after clipping, as torch's optimisers have it
                     grads = {k: g + self.decay * params[k] for k, g in grads.items()}
-                params, state = optimiser.update(params, clip_by_norm(grads, self.clip_norm), state, lr)
+                params, state = optimiser.update(params, grads, state, lr)
                 running = {k: torch.lerp(v, seen[k], MOMENTUM) for k, v in running.items()}
         return params | running, accuracy(model, params | running, data["held_x"], data["held_y"])
 

@@ -214,8 +214,7 @@ def _independent(run: Run, warmup: int) -> float:
             for process in processes:  # all at once, so that none works alone
                 process.send_signal(signal.SIGTERM)
         lines = [[line for line in _lines(d) if line["kind"] == "train" and line["iteration"] >= warmup] for d in directories]
-    begin, end = max(each[0]["time"] for each in lines), min(each[-1]["time"] for each in lines)
-    return sum(run.meta_batch * _rate(each, begin, end) for each in lines)
+    return run.meta_batch * together(lines)
 
 
 @contextmanager
@@ -246,10 +245,14 @@ def _done(directory: Path) -> int:
     return int(json.loads(lines[-1])["iteration"]) if lines else 0
 
 
-def _rate(lines: list[dict[str, Any]], begin: float, end: float) -> float:
-    """Iterations per second between two times."""
-    within = [line for line in lines if begin <= line["time"] <= end]
-    return float((within[-1]["iteration"] - within[0]["iteration"]) / (within[-1]["time"] - within[0]["time"]))
+def together(runs: list[list[dict[str, Any]]]) -> float:
+    """Iterations per second of several runs, added up, while all of them were at work."""
+    begin, end = max(lines[0]["time"] for lines in runs), min(lines[-1]["time"] for lines in runs)
+    rates = []
+    for lines in runs:
+        within = [line for line in lines if begin <= line["time"] <= end]
+        rates.append((within[-1]["iteration"] - within[0]["iteration"]) / (within[-1]["time"] - within[0]["time"]))
+    return float(sum(rates))
 
 
 def rows(points: list[Point]) -> list[dict[str, Any]]:

@@ -8,15 +8,19 @@ import math
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster import config, flags
+from cluster import assemble, config, flags, wire, worker
 from cluster.cli import main
+from cluster.messages import Assignment
 from cluster.policies import idle
-from cluster.scale import Experiment, Measured, Point, _sized, measure, rows, smoothed, time_to
+from cluster.scale import Experiment, Measured, Point, _sized, measure, rows, smoothed, time_to, together
 from cluster.scale_report import page, plot
+from cluster.worker import Worker
+from learners.base import pack
 
 
 def lines(step: float, workers: int, compute: float, busiest: float, count: int = 12) -> list[dict[str, Any]]:
@@ -53,6 +57,21 @@ def test_a_step_without_rounds_has_no_waiting() -> None:
     assert idle(4, {"perf/iteration_s": 1.0, "perf/compute_s": 3.0}) == {"perf/waiting_s": 0.0, "perf/communication_s": 1.0}
     one_of_two_lost = {"perf/iteration_s": 2.5, "perf/compute_s": 1.5, "perf/busiest_s": 1.0}
     assert idle(1, one_of_two_lost) == {"perf/waiting_s": 0.0, "perf/communication_s": 1.0}
+
+
+def test_processes_beside_each_other_are_measured_while_all_of_them_work() -> None:
+    slow = [{"iteration": i, "time": 10.0 + i} for i in range(5)]  # 1 per second, from 10 to 14
+    fast = [{"iteration": i, "time": 9.0 + 0.25 * i if i < 20 else 14.0 + i - 20} for i in range(30)]  # 4 per second; 1 once it is alone
+    assert together([slow, fast]) == pytest.approx(1 + 4, rel=0.05)
+
+
+def test_a_straggler_takes_as_many_times_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, params = assemble.recipe(replace(config.load("sinusoid"), execution="loop"))
+    ticks, slept = iter([5.0, 7.0, 7.0, 7.0]), []
+    straggler, at = Worker(parts, "w", slower=3.0), wire.broadcast(pack(params, {}))
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: next(ticks), sleep=slept.append))
+    straggler.run(wire.encode_assignment(Assignment(0, 0, "gradient", 1, None, "train", 0, 1, 0)), at, None)
+    assert slept == [4.0]  # of 2 s of work
 
 
 def test_time_to_a_loss_is_that_of_a_mean_of_five() -> None:

@@ -56,12 +56,17 @@ def to_table(config: Any) -> Table:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            names = {c: n for choices in CHOICES.values() for n, c in choices.items()}
-            name = {"name": names[type(value)]} if type(value) in names else {}
-            table[f.name] = name | to_table(value)
+            table[f.name] = named(value)
         else:
             table[f.name] = list(value) if isinstance(value, tuple) else value
     return table
+
+
+def named(config: Any) -> Table:
+    """The same, with the `name` of the choice that it is, if it is one."""
+    names = {c: n for choices in CHOICES.values() for n, c in choices.items()}
+    name = {"name": names[type(config)]} if type(config) in names else {}
+    return name | to_table(config)
 
 
 def flat(table: Table, path: str = "") -> dict[str, Any]:
@@ -95,6 +100,6 @@ def merged(base: Table, table: Table) -> Table:
 
 
 def nearest(word: str, known: list[str], path: str = "") -> str:
-    """ "; did you mean …?" where a known word is like this one, else nothing."""
+    """A question for the end of a sentence, did you mean …?, where a known word is like this one; else nothing."""
     near = difflib.get_close_matches(word, known, 1, 0.5)
     return f"; did you mean {path}{near[0]}?" if near else ""

@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 
 from cluster.catalog import MODELS
 from cluster.storage import write_atomically
-from cluster.tables import from_table, to_table
+from cluster.tables import from_table, named
 from learners.base import Params
 from learners.models import Functional, ModelSpec, functional
 from learners.purer.inversion import Teacher
@@ -162,8 +162,7 @@ def written(folder: Path, number: int, spec: ModelSpec, state: Params) -> dict[s
     name = f"{number:03d}.safetensors"
     content = save_tensors({k: v.contiguous() for k, v in state.items()})
     write_atomically(folder / name, content)
-    architecture = {"name": next(n for n, c in MODELS.items() if c is type(spec))} | to_table(spec)
-    return {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "architecture": architecture}
+    return {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "architecture": named(spec)}
 
 
 def write_index(folder: Path, shape: tuple[int, ...], ways: int, mean: tuple[float, ...], std: tuple[float, ...],

@@ -80,7 +80,7 @@ def scale(words: list[str]) -> None:
     sizes, words = flags.taken(words, "--workers", "1,2")
     policies, words = flags.taken(words, "--policy", "sync")
     for key, why in (("iterations", "--measure says how many"), ("min-workers", "all --workers take part"), ("pool", "it is Ray's")):
-        if (value := flags.taken(words, f"--{key}", "")[0]) != "":
+        if value := flags.taken(words, f"--{key}", "")[0]:
             raise ValueError(f"{key}={value}: not a key of an experiment, where {why}")
     name, o, run = flags.configured("scale", words, ScaleOptions, scale.__doc__ or "")
     experiment = Experiment(

@@ -58,11 +58,11 @@ class DataFree(Episodes):
             return task
         return task | {k: _normalised(task[k], self.mean, self.std) for k in ("support_x", "query_x")}
 
-    def _pixels(self, image: Array) -> Array:
+    def pixels(self, images: Array) -> Array:
         if not self.mean:
-            return image
+            return images
         mean, std = (np.asarray(v)[:, None, None] for v in (self.mean, self.std))
-        return np.asarray(np.clip(std * image + mean, 0, 1))  # there and back is off by a rounding
+        return np.asarray(np.clip(std * images + mean, 0, 1))  # there and back is off by a rounding
 
     def _rows(self, rng: np.random.Generator) -> Arrays:
         """Which images of D, flattened over teachers, classes and images."""

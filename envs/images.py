@@ -134,11 +134,11 @@ class Episodes:
             for axis, image, color in [(axes[label, 0], support, "black")] + [
                 (axes[label, 1 + i], task["query_x"][row], "green" if guesses[row] == label else "red") for i, row in enumerate(rows)
             ]:
-                _show(axis, self._pixels(image), color)
+                _show(axis, self.pixels(image), color)
 
-    def _pixels(self, image: Array) -> Array:
-        """An image of a task in [0, 1], to be looked at."""
-        return image
+    def pixels(self, images: Array) -> Array:
+        """Images [..., c, h, w] in the units of a task's as pixels in [0, 1], to be looked at."""
+        return images
 
 
 def beside(clean: Array, attacked: Array, truth: Array, before: Array, after: Array, *, title: str, shown: int = 10) -> Figure:

@@ -24,8 +24,8 @@ def pixels(directory: Path) -> tuple[np.ndarray, list[str]]:
     task = config.load(str(directory / "run.toml")).task
     if not isinstance(task, DataFree):
         raise ValueError(f"{directory} is not a data-free run")
-    found = session.chosen(directory, "newest").outer["images"][:, :, 0].permute(0, 1, 3, 4, 2).double().numpy()
-    return np.clip(found * task.std + task.mean, 0, 1), [type(spec).__name__ for spec in assemble.teacher_pool(task).specs]
+    found = session.chosen(directory, "newest").outer["images"][:, :, 0].double().numpy()
+    return np.moveaxis(task.pixels(found), -3, -1), [type(spec).__name__ for spec in assemble.teacher_pool(task).specs]
 
 
 def mosaic(axes: Axes, images: np.ndarray, names: list[str]) -> None:

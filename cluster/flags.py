@@ -78,14 +78,15 @@ def _choices(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def taken(words: list[str], flag: str, default: str) -> tuple[str, list[str]]:
-    """(the value of `flag`, the other words): for a flag that means something else here than for a run."""
+    """(the value of `flag`, the other words): for a flag that means something else here than for a run. Underscores in it are hyphens,
+    as in every flag.
+    """
     value, rest = default, []
     waiting = iter(words)
     for word in waiting:
-        if word == flag:
-            value = next(waiting, "")
-        elif word.startswith(f"{flag}="):
-            value = word.partition("=")[2]
+        name, equals, given = word.partition("=")
+        if name.replace("_", "-") == flag:
+            value = given if equals else next(waiting, "")
         else:
             rest.append(word)
     return value, rest

@@ -110,6 +110,7 @@ def test_weak_scaling_grows_the_meta_batch_and_a_policy_keeps_its_settings() -> 
     (["--workers", "1,8"], "keeps no more than 2 workers busy, 8 are wanted: --shard 6"), (["--resize", "true"], "with {workers} in it"),
     (["--workers", "0"], "numbers of 1 or more"), (["--policy", "often"], "sync or async"), (["--measure", "4"], "a warm-up of 1 to half"),
     (["--iterations", "9"], "iterations=9: not a key of an experiment, where --measure says how many"),
+    (["--min_workers=2"], "min-workers=2: not a key of an experiment, where all --workers take part"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

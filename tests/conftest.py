@@ -1,4 +1,4 @@
-"""What tests share: one thread, a data folder of their own, and the reasons for which tests skip."""
+"""What tests share: one thread, wide lines, a finished run, a data folder of their own, and the reasons for which tests skip."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.commands import TINY, metafleet
+
 SHARED = Path(os.environ.get("METAFLEET_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wrapped lines."""
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +54,11 @@ def tiny_imagenet() -> Path:
     if not archive.exists():
         pytest.skip(f"{archive} not found (METAFLEET_TEST_DATA names another place)")
     return archive
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run directory."""
+    directory = tmp_path_factory.mktemp("runs") / "first"
+    metafleet("train", "sinusoid", "--dir", str(directory), *TINY)
+    return directory

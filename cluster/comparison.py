@@ -35,7 +35,7 @@ class Group:
         means = np.array([r["mean"][measure] for r in self.results])
         if len(means) == 1:
             return means[0], np.array(self.results[0]["ci95"][measure])
-        return means.mean(0), 1.96 * means.std(0, ddof=1) / np.sqrt(len(means))
+        return over_seeds(means)
 
     def spent(self, what: str) -> int:
         """What one run took to train, in the currency of equal budgets."""
@@ -49,7 +49,19 @@ class Group:
         means = {k: np.array([f["mean"][k] for f in found]) for k in found[0]["mean"]}
         if len(found) == 1:
             return {k: (float(v[0]), found[0]["ci95"][k]) for k, v in means.items()}
-        return {k: (float(v.mean()), 1.96 * float(v.std(ddof=1)) / np.sqrt(len(v))) for k, v in means.items()}
+        intervals = {k: over_seeds(v) for k, v in means.items()}
+        return {k: (float(mean), float(half)) for k, (mean, half) in intervals.items()}
+
+
+def over_seeds(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(mean, half-width of the 95 % interval) of `values` [seeds, ...], two seeds or more.
+
+    Student's t₀.₉₇₅(n − 1) · s/√n: over 600 tasks 1.96 stands for the quantile, but with three seeds it is 4.30, and 1.96 would cover 81 %.
+    """
+    from scipy.stats import t  # half a second that only this needs
+
+    n = len(values)
+    return values.mean(0), t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
 
 
 def grouped(directories: Sequence[Place]) -> list[Group]:

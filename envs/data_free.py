@@ -41,9 +41,16 @@ class DataFree(Episodes):
         return self.shots + self.queries
 
     def prepare(self) -> None:
-        """Decode the source, and check that held-out splits can fill an episode."""
+        """Decode the source; check that held-out splits can fill an episode, and that none of their classes is a training class."""
         self.source.prepare()
         self.check(("validation", "test"))
+        images = self.source.load()
+        shared = {c for split in ("validation", "test") for c in images.classes(split)} & set(images.index.splits.get("train", ()))
+        if shared:
+            raise ValueError(
+                f"{len(shared)} held-out classes are training classes, of which a data-free run reads no image; "
+                "--task.source.validation 100 sets Omniglot's apart"
+            )
 
     def fixed(self, split: str, index: int) -> Arrays | None:
         """The teacher that a task of the teachers' round is about."""

@@ -288,6 +288,28 @@ def test_no_training_image_is_read(pool_folder: Path, tmp_path: Path) -> None:
     assert digest(trained(hidden, tmp_path / "hidden").meta) == digest(trained(run, tmp_path / "open").meta)
 
 
+@dataclass(frozen=True)
+class ValidatedOnTraining(Glyphs):
+    """Glyphs without validation characters, as Omniglot's in MAML's protocol."""
+
+    def load(self):
+        images = super().load()
+        return store.ImageSet(images.images, replace(images.index, splits=images.index.splits | {"validation": images.classes("train")}))
+
+
+def test_validation_on_training_classes_is_refused(pool_folder: Path) -> None:
+    task = data_free(pool_folder).task
+    with pytest.raises(ValueError, match="36 held-out classes are training classes, of which a data-free run reads no image"):
+        replace(task, source=ValidatedOnTraining(characters=60, size=16)).prepare()
+
+
+def test_omniglots_preset_sets_validation_characters_apart() -> None:
+    source = config.load("data-free-omniglot").task.source
+    splits = [set(characters) for characters in source._splits(1623).values()]
+    assert [len(s) for s in splits] == [1200, 100, 323]
+    assert len(set.union(*splits)) == 1623
+
+
 def test_two_data_sets_and_two_architectures_in_one_pool_train(pool_folder: Path, tmp_path: Path) -> None:
     # Characters of another hand: another mean, another deviation.
     run = replace(config.load("glyphs"), pool="local")

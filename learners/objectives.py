@@ -57,7 +57,7 @@ class Supervised:
         if "batches" in data:
             rows = data["batches"][step]
             x, y = x[rows], y[rows]
-        return self._loss(self.model(params, x, self._own()), y, data)
+        return self._loss(self.model(params, x, self.own()), y, data)
 
     def query(self, params: Params, data: Data) -> Tensor:
         if "query_x" not in data or "query_y" not in data:
@@ -89,6 +89,10 @@ class Supervised:
             return self.model(params, both, Statistics("first", reference=len(context)))[len(context) :]
         return torch.cat([self._one_by_one(params, context, part) for part in torch.split(x, max(1, ROWS_AT_ONCE // (len(context) + 1)))])
 
+    def own(self) -> Statistics:
+        """What a support set is normalised by."""
+        return Statistics("frozen") if self.norm == "frozen" else BATCH
+
     def slots(self) -> Params:
         return self.model.running() if self.norm == "frozen" else {}
 
@@ -107,9 +111,6 @@ class Supervised:
         """Loss, and the normalisation mode where there is one."""
         norm = f", norm {self.norm}" if self.model.normalises else ""
         return f"{self.loss} ({self.scale}){norm}"
-
-    def _own(self) -> Statistics:
-        return Statistics("frozen") if self.norm == "frozen" else BATCH
 
     def _one_by_one(self, params: Params, context: Tensor, x: Tensor) -> Tensor:
         n, size = len(x), len(context) + 1

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from learners.base import Data, Meta, Objective
+from learners.attack import SupportAttacked
+from learners.base import Data, Meta, Objective, Params
 from learners.inner import InnerLoop, Point
 from learners.objectives import Supervised
 
@@ -25,19 +26,30 @@ class ProtoNet(InnerLoop):
     adapts: tuple[str, ...] = ("head*",)
     """What is replaced."""
 
+    def __post_init__(self) -> None:
+        if self.inner_steps < 1:
+            raise ValueError(f"inner_steps={self.inner_steps}: at least 1 wanted, or the prototypes are never used")
+
     def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
-        if not isinstance(objective, Supervised) or objective.loss != "cross_entropy":
-            raise ValueError("prototypes are of classes: a classification task wanted")
-        theta = meta.params
-        yield Point(theta, {}, ())
-        if steps:
-            z = objective.model.features(meta.slots | theta, data["support_x"])
-            labels = torch.arange(theta["head.bias"].shape[0], device=z.device)
-            member = (data["support_y"][:, None] == labels).to(z.dtype)  # [n, ways]
-            prototypes = member.t() @ z / member.sum(0)[:, None]
-            adapted = theta | {"head.weight": 2 * prototypes, "head.bias": -prototypes.square().sum(1)}
-            for _ in range(steps):
-                yield Point(adapted, {}, ())
+        yield Point(meta.params, {}, ())
+        if not steps:
+            return
+        if isinstance(objective, SupportAttacked):  # against the clean support's prototypes: θ's own head is never used
+            adapted = _adapted(meta, objective.objective, data)
+            data, objective = objective.attacked(meta.slots | adapted, data, 0), objective.objective
+        adapted = _adapted(meta, objective, data)
+        for _ in range(steps):
+            yield Point(adapted, {}, ())
 
     def passes(self) -> int:
         return 2
+
+
+def _adapted(meta: Meta, objective: Objective, data: Data) -> Params:
+    if not isinstance(objective, Supervised) or objective.loss != "cross_entropy":
+        raise ValueError("prototypes are of classes: a classification task wanted")
+    z = objective.model.features(meta.slots | meta.params, data["support_x"], objective.own())
+    labels = torch.arange(meta.params["head.bias"].shape[0], device=z.device)
+    member = (data["support_y"][:, None] == labels).to(z.dtype)  # [n, ways]
+    prototypes = member.t() @ z / member.sum(0)[:, None]
+    return meta.params | {"head.weight": 2 * prototypes, "head.bias": -prototypes.square().sum(1)}

@@ -40,6 +40,7 @@ from learners.objectives import Supervised
 from learners.proto_net import ProtoNet
 from learners.purer.calibration import Calibration, DataFreeMAML
 from learners.reptile import Reptile
+from learners.robustness import Robustness
 
 ATTACK = Attack(0.05, low=-10.0, high=10.0)
 LEARNERS: dict[str, Learner] = {
@@ -131,6 +132,19 @@ def test_shapes_are_those_of_theta(world: World, name: str) -> None:
     path = list(learner.at_test().path(meta, world.objective, task, 2))
     assert [{k: v.shape for k, v in phi.items()} for phi in path] == [{k: v.shape for k, v in theta.items()}] * 3
     assert all(torch.equal(path[0][k], v) for k, v in theta.items())
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_an_attack_makes_any_adapted_model_worse(world: World, name: str) -> None:
+    how = Robustness(0.1, steps=4, low=-np.inf, high=np.inf)
+    recipe = dataclasses.replace(world.recipe(LEARNERS[name]), robustness=how)
+    verb = recipe.verbs(world.objective)["robustness"]
+    data = world.data(recipe, 3, "robustness")
+    rows = {k: float(v.mean()) for k, v in Execution("loop").run(verb.run, pack(*world.meta(LEARNERS[name])), {}, data).rows.items()}
+    loss = "mse" if world.objective.loss == "mse" else "loss_transductive"
+    assert rows[f"clean/clean/{loss}"] < rows[f"clean/fgsm/{loss}"]
+    assert rows[f"clean/clean/{loss}"] < rows[f"clean/pgd-4/{loss}"]
+    assert rows[f"fgsm/clean/{loss}"] != rows[f"clean/clean/{loss}"]
 
 
 @pytest.mark.parametrize("name", LEARNERS)

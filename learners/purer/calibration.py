@@ -55,21 +55,24 @@ class Calibration:
         if self.per_class < 1 or min(self.inversion_steps, self.steps) < 0 or self.temperature <= 0:
             raise ValueError(f"{self}: per_class of at least 1, steps of 0 or more and a positive temperature wanted")
 
-    def __call__(self, objective: Supervised, params: Params, data: Data, lr: float) -> Params:
-        """ψ after calibration, from ψ after the inner loop; `data` has the support set and `noise` that Ŝ begins from."""
+    def __call__(self, objective: Supervised, slots: Params, params: Params, data: Data, lr: float) -> Params:
+        """ψ after calibration, from ψ = `params` after the inner loop; `slots` are constants of the model, `data` has the support set and
+        the `noise` that Ŝ begins from.
+        """
+        statistics = objective.own()
         ways = len(data["noise"]) // self.per_class
         labels = torch.arange(ways, device=data["noise"].device).repeat_interleave(self.per_class)
-        images = self._inverted(objective, params, data["noise"], labels)
+        images = self._inverted(objective, slots | params, data["noise"], labels)
         body, head = partition(params, HEAD)[::-1]
         both_x, both_y = torch.cat([data["support_x"], images]), torch.cat([data["support_y"], labels])
 
         def contrast(f: Params) -> Tensor:
-            z = objective.model.features(head | f, both_x)
+            z = objective.model.features(slots | head | f, both_x, statistics)
             real = len(data["support_x"])
             return contrastive(z[:real], data["support_y"], z[real:], labels, self.temperature)
 
         def fit(h: Params) -> Tensor:
-            return F.cross_entropy(objective.model(body | h, both_x), both_y)
+            return F.cross_entropy(objective.model(slots | body | h, both_x, statistics), both_y)
 
         for _ in range(self.steps):
             pulled = differentiate(contrast, body, False)[0]
@@ -80,7 +83,7 @@ class Calibration:
     def _inverted(self, objective: Supervised, params: Params, noise: Tensor, labels: Tensor) -> Tensor:
         def loss(p: Params) -> Tensor:
             x = p["x"]
-            return F.cross_entropy(objective.model(params, x), labels) + self.tv * total_variation(x) + self.l2 * norm(x)
+            return F.cross_entropy(objective.model(params, x, objective.own()), labels) + self.tv * total_variation(x) + self.l2 * norm(x)
 
         adam, images = Adam(), {"x": noise}
         state = adam.init(images)
@@ -126,7 +129,7 @@ class Calibrated(DataFreeMAML):
     def path(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Params]:
         assert isinstance(objective, Supervised)
         for k, params in enumerate(super().path(meta, objective, data, steps)):
-            yield params if k < steps else self.calibration(objective, params, data, self.inner_lr)
+            yield params if k < steps else self.calibration(objective, meta.slots, params, data, self.inner_lr)
 
     def at_test(self) -> Learner:
         return self

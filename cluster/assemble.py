@@ -68,6 +68,12 @@ def _data_free(run: Run, network: Functional, pool: TeacherPool) -> Objective:
         raise ValueError(f"the teachers take images of shape {pool.shape}, task.source gives {task.inputs}")
     if run.dtype != "float32":
         raise ValueError(f"dtype={run.dtype!r}: teachers are float32, and so are runs that learn from them")
+    if task.ways > len(set(pool.names)):
+        raise ValueError(f"ways={task.ways} exceeds the {len(set(pool.names))} classes that the teachers know")
+    if not isinstance(run.outer, Purer):
+        raise ValueError(f"a data-free task wants the outer step of PURER (--outer.name purer), not {type(run.outer).__name__}")
+    if run.evaluation.robustness.eps:
+        raise ValueError(f"eps={run.evaluation.robustness.eps}: attacks are in pixels, and the images of data-free runs are normalised")
     if run.execution != "loop":
         raise ValueError(f"execution={run.execution!r}: teachers differ from each other, so that tasks run in a loop")
     return DataFreeObjective(
@@ -127,7 +133,9 @@ def resolved(run: Run) -> tuple[Run, str]:
 def _as_taught(run: Run, task: DataFree) -> Run:
     """With what the teachers say of themselves."""
     found = teacher_pool(task)
-    task = replace(task, teachers=len(found.teachers), teacher_ways=found.ways, mean=found.mean, std=found.std)
+    kinds = {name: i for i, name in enumerate(dict.fromkeys(found.names))}
+    shared = tuple(kinds[name] for name in found.names) if len(kinds) < len(found.names) else ()
+    task = replace(task, teachers=len(found.teachers), teacher_ways=found.ways, kinds=shared, mean=found.mean, std=found.std)
     outer = replace(run.outer, teachers=task.teachers) if isinstance(run.outer, Purer) else run.outer
     return replace(run, task=task, outer=outer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ class TeacherPool:
     specs: tuple[ModelSpec, ...]
     accuracy: tuple[float, ...]
     """Of each, on images held back; NaN where nobody measured it."""
+    names: tuple[str, ...]
+    """Of the classes of all teachers, one after the other; where nobody named them, ones that differ."""
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -81,7 +84,7 @@ def load(folder: Path) -> TeacherPool:
     """Read a pool. Raises FileNotFoundError where there is none, ValueError where a file is damaged or does not fit its description."""
     table = _toml(folder / INDEX)
     shape, ways, mean, std = _header(table, folder / INDEX)
-    teachers, specs, accuracy = [], [], []
+    teachers, specs, accuracy, names = [], [], [], []
     for i, entry in enumerate(table["teacher"]):
         where = f"{folder / INDEX}: teacher {i}"
         spec, model = _model(entry, shape, ways, where)
@@ -92,7 +95,8 @@ def load(folder: Path) -> TeacherPool:
         teachers.append(Teacher(model, _fitting(_tensors(content, path), model, str(path)), ways))
         specs.append(spec)
         accuracy.append(float(entry.get("accuracy", "nan")))
-    return TeacherPool(tuple(teachers), tuple(specs), tuple(accuracy), shape, mean, std)
+        names += _class_names(entry, ways, where)
+    return TeacherPool(tuple(teachers), tuple(specs), tuple(accuracy), tuple(names), shape, mean, std)
 
 
 def beginning(pool: TeacherPool, spec: ModelSpec, params: Params, start: str) -> Params:
@@ -146,15 +150,31 @@ def _tensors(content: bytes, path: Path) -> Params:
 
 
 def _fitting(state: Params, model: Functional, where: str) -> Params:
+    """What `model` wants of `state`. The bias of a convolution, which ours have not, goes into the running mean subtracted behind it."""
     wanted = model.params() | model.running()
     for name, like in wanted.items():
         if name not in state:
             raise ValueError(f"{where} has no {name}; it has {', '.join(list(state)[:6])} …")
         if state[name].shape != like.shape:
             raise ValueError(f"{where}: {name} has shape {tuple(state[name].shape)}, wanted {tuple(like.shape)}")
-        if not torch.isfinite(state[name]).all():
+    found = {name: state[name].to(torch.float32) for name in wanted}
+    for name in sorted(state.keys() - wanted.keys()):
+        mean = re.sub(r"\bconv(\d*)\.bias$", r"norm\1.running_mean", name)
+        if mean in found and found[mean].shape == state[name].shape:
+            found[mean] = found[mean] - state[name].to(torch.float32)
+        elif not name.endswith("num_batches_tracked"):
+            raise ValueError(f"{where} has {name}, for which the architecture, as it is described, has no place")
+    for name, value in found.items():
+        if not torch.isfinite(value).all():
             raise ValueError(f"{where}: {name} is not finite")
-    return {name: state[name].to(torch.float32) for name in wanted}
+    return found
+
+
+def _class_names(entry: dict[str, Any], ways: int, where: str) -> list[str]:
+    names = entry.get("classes", [f"class {c} of {where}" for c in range(ways)])
+    if not isinstance(names, list) or len(names) != ways:
+        raise ValueError(f"{where}: classes={names!r}: a list of {ways} names wanted")
+    return [str(name) for name in names]
 
 
 def written(folder: Path, number: int, spec: ModelSpec, state: Params) -> dict[str, Any]:
@@ -209,7 +229,7 @@ def together(pools: list[TeacherPool]) -> TeacherPool:
             raise ValueError(f"pools of {first.ways} classes of {first.shape} and of {other.ways} classes of {other.shape} do not mix")
     return replace(
         first, teachers=tuple(t for pool in pools for t in _in_units_of(first, pool)), specs=tuple(s for pool in pools for s in pool.specs),
-        accuracy=tuple(a for pool in pools for a in pool.accuracy),
+        accuracy=tuple(a for pool in pools for a in pool.accuracy), names=tuple(n for pool in pools for n in pool.names),
     )  # fmt: skip
 
 

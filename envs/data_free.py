@@ -15,7 +15,8 @@ from envs.images import Episodes, ImageSource
 class DataFree(Episodes):
     """N-way K-shot; training episodes are cut from images D that are inverted from a pool of teachers, and no training image is read.
 
-    The classes of an episode are drawn from all classes of all teachers, so that an episode mixes teachers. Real episodes are
+    The classes of an episode are drawn from all classes of all teachers, so that an episode mixes teachers; one that several teachers
+    know is at most once in it. Real episodes are
     normalised as the teachers' training images were.
     """
 
@@ -25,6 +26,8 @@ class DataFree(Episodes):
     """How many there are; 0: as the folders have it when the run begins."""
     teacher_ways: int = 0
     """Classes of each; 0: likewise."""
+    kinds: tuple[int, ...] = ()
+    """Which of the teachers' classes are the same, by equal numbers, where some are; empty: likewise."""
     mean: tuple[float, ...] = ()
     """Per channel, of the teachers' images; empty: likewise."""
     std: tuple[float, ...] = ()
@@ -73,9 +76,15 @@ class DataFree(Episodes):
 
     def _rows(self, rng: np.random.Generator) -> Arrays:
         """Which images of D, flattened over teachers, classes and images."""
-        classes = rng.choice(self.teachers * self.teacher_ways, self.ways, replace=False)
+        total = self.teachers * self.teacher_ways
+        classes = self._unlike(rng.permutation(total))[: self.ways] if self.kinds else rng.choice(total, self.ways, replace=False)
         rows = np.stack([c * self.per_class + rng.permutation(self.per_class) for c in classes])
         return {"support_rows": rows[:, : self.shots], "query_rows": rows[:, self.shots :]}
+
+    def _unlike(self, classes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first of each kind, in order."""
+        first = np.unique(np.asarray(self.kinds)[classes], return_index=True)[1]
+        return classes[np.sort(first)]
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,15 @@ from envs.glyphs import Glyphs
 from learners.base import Meta, Sum, pack
 from learners.maml import MAML
 from learners.models import Conv4, functional
+from learners.outer import Descent
 from learners.purer.calibration import Calibration, DataFreeMAML
 from learners.purer.curriculum import Switch
 from learners.purer.inversion import FROZEN
+from learners.purer.objective import episode
 from learners.purer.outer import Purer
 from learners.purer.schooling import Schooling
 from learners.resnet import ResNet
+from learners.robustness import Robustness
 
 SMALL = Conv4(width=4, halving="pool", features="flat", norm_scale=True)
 
@@ -126,6 +129,16 @@ architecture = { name = "conv4", width = 4, halving = "pool", features = "flat",
     x = torch.randn(4, 1, 16, 16)
     (teacher,) = teachers.load(tmp_path / "pool").teachers
     torch.testing.assert_close(teacher.model(teacher.params, x, FROZEN), functional(model)(dict(state), x, FROZEN))
+    # The same network as most people write it: convolutions with biases, which running means contain.
+    biased = {f"block{i}.conv.bias": torch.randn(4) for i in range(4)}
+    moved = {k.replace("conv.bias", "norm.running_mean"): v for k, v in biased.items()}
+    torch.save({k: v + moved.get(k, 0) for k, v in state.items()} | biased, tmp_path / "mine.pt")
+    teachers.imported(tmp_path / "mine.toml", tmp_path / "biased")
+    (same,) = teachers.load(tmp_path / "biased").teachers
+    torch.testing.assert_close(same.model(same.params, x, FROZEN), functional(model)(dict(state), x, FROZEN))
+    torch.save(state | {"block1.extra": torch.zeros(3), "block1.norm.num_batches_tracked": torch.tensor(7)}, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match=r"has block1\.extra, for which the architecture, as it is described, has no place"):
+        teachers.imported(tmp_path / "mine.toml", tmp_path / "other")
     with pytest.raises(ValueError, match="do not mix"):
         teachers.together([teachers.load(pool_folder), replace(teachers.load(tmp_path / "pool"), shape=(1, 28, 28))])
 
@@ -335,6 +348,43 @@ def _train(directory: Path) -> list[dict[str, float]]:
     return [line for line in lines if line["kind"] == "train"]
 
 
+def test_each_slice_of_d_is_inverted_from_its_teacher_towards_its_classes(pool_folder: Path) -> None:
+    run = data_free(pool_folder)
+    parts, params = assemble.recipe(run)
+    images = torch.randn(2, 3, 4, 1, 16, 16)
+    verb = parts.verbs(parts.objective)["invert"]
+    for i, teacher in enumerate(teachers.load(pool_folder).teachers):
+        share = verb.run(pack(params, {}), {"images": images}, {"teacher": torch.tensor(i), "shift": torch.tensor([0, 0])})
+        logits = torch.stack([teacher.model(teacher.params, images[i, c], FROZEN) for c in range(3)])
+        wanted = -torch.stack([logits[c].log_softmax(1)[:, c].mean() for c in range(3)]).mean()
+        assert share.row["inversion_classification"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_label_of_a_pseudo_episode_is_one_class_of_one_teacher(pool_folder: Path) -> None:
+    task = data_free(pool_folder).task
+    marked = torch.arange(6.0)[:, None, None, None, None].expand(6, task.per_class, 1, 16, 16).reshape(2, 3, task.per_class, 1, 16, 16)
+    for seed in range(10):
+        rows = {k: torch.from_numpy(v) for k, v in task.sample("train", np.random.default_rng(seed)).items()}
+        drawn = episode(marked, rows)
+        seen = [{float(x.flatten()[0]) for p in ("support", "query") for x in drawn[f"{p}_x"][drawn[f"{p}_y"] == c]} for c in range(3)]
+        assert [len(s) for s in seen] == [1, 1, 1]
+        assert len(set.union(*seen)) == 3
+        assert len({int(r) for k in ("support_rows", "query_rows") for r in rows[k].flatten()}) == 3 * task.per_class
+
+
+def test_a_class_that_two_teachers_know_is_once_in_an_episode(pool_folder: Path) -> None:
+    twice = data_free(pool_folder)
+    twice = replace(twice, task=replace(twice.task, pools=(str(pool_folder), str(pool_folder)), ways=6))
+    task = assemble.resolved(twice)[0].task
+    assert task.kinds == (0, 1, 2, 3, 4, 5) * 2
+    met = set()
+    for seed in range(20):
+        classes = task.sample("train", np.random.default_rng(seed))["support_rows"][:, 0] // task.per_class
+        assert sorted(classes % 6) == [0, 1, 2, 3, 4, 5]
+        met |= set(classes.tolist())
+    assert met == set(range(12))
+
+
 def test_a_picture_of_normalised_images_shows_the_files_pixels(pool_folder: Path) -> None:
     task = data_free(pool_folder).task
     assert isinstance(task, DataFree)
@@ -357,6 +407,13 @@ def test_impossible_data_free_runs_are_refused(pool_folder: Path) -> None:
         assemble.recipe(replace(run, execution="vmap"))
     with pytest.raises(ValueError, match=r"the teachers take images of shape \(1, 16, 16\)"):
         assemble.recipe(replace(run, task=replace(run.task, source=Glyphs(size=28))))
+    with pytest.raises(ValueError, match="ways=7 exceeds the 6 classes that the teachers know"):
+        assemble.recipe(replace(run, task=replace(run.task, ways=7)))
+    with pytest.raises(ValueError, match=r"PURER \(--outer.name purer\), not Descent"):
+        assemble.recipe(replace(run, outer=Descent()))
+    attacked = replace(run.evaluation, robustness=Robustness(eps=0.1))
+    with pytest.raises(ValueError, match="eps=0.1: attacks are in pixels"):
+        assemble.recipe(replace(run, evaluation=attacked))
     with pytest.raises(ValueError, match="teachers are float32"):
         assemble.recipe(replace(run, dtype="float64"))
     with pytest.raises(ValueError, match="check wants tasks with data"):

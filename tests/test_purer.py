@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from learners.base import Meta, pack
 from learners.derivative import differentiate
-from learners.kernels import BatchNorm
+from learners.kernels import BATCH, BatchNorm
 from learners.maml import MAML
 from learners.models import MLP, Conv4, functional
 from learners.proto_net import ProtoNet
@@ -133,12 +134,12 @@ def test_the_adversarial_gradient_through_the_inner_loop_of_a_quadratic_task(ste
         assert grads["b"].tolist() == pytest.approx((-3, 1.5), abs=1e-12)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_the_adversarial_gradient_through_a_network_against_finite_differences(steps: int) -> None:
+@pytest.mark.parametrize(("steps", "order"), [(1, 2), (2, 2), (2, 1)])
+def test_the_adversarial_gradient_through_a_network_against_finite_differences(steps: int, order: Literal[2, 1]) -> None:
     torch.manual_seed(0)
     model = functional(Conv4(width=3, halving="pool", features="flat", norm_scale=True).build((1, 16, 16), 2).double())
     objective = DataFree(model, "cross_entropy", per_class=3, shape=(1, 16, 16))
-    verb = Purer().verbs(MAML(0.1, steps), objective)["adversary"]
+    verb = Purer().verbs(MAML(0.1, steps, order), objective)["adversary"]
     images = torch.randn(1, 2, 3, 1, 16, 16, dtype=torch.float64)
     data = {"support_rows": torch.tensor([[0], [3]]), "query_rows": torch.tensor([[2, 1], [5, 4]])}
     theta = pack(model.params(), {})
@@ -170,6 +171,45 @@ def test_prototypes_classify_by_distance() -> None:
     torch.testing.assert_close(torch.softmax(model(phi, q), 1), wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", ["transductive", "frozen"])
+def test_prototypes_and_queries_are_normalised_alike(norm: Literal["transductive", "frozen"]) -> None:
+    # A query set that is the support set lies around its own prototypes only if both passed the same BatchNorm.
+    torch.manual_seed(0)
+    model = functional(SMALL.build((1, 16, 16), 3).double())
+    objective = DataFree(model, "cross_entropy", norm)
+    slots = {k: v + torch.rand_like(v) for k, v in objective.slots().items()}
+    x, y = torch.randn(6, 1, 16, 16).double(), torch.arange(3).repeat(2)
+    data = {"support_x": x, "support_y": y, "query_x": x, "query_y": y}
+    meta = Meta(model.params(), slots)
+    z = model.features(slots | meta.params, x, FROZEN if norm == "frozen" else BATCH)
+    prototypes = torch.stack([z[y == c].mean(0) for c in range(3)])
+    wanted = torch.softmax(-(torch.cdist(z, prototypes) ** 2), 1)
+    phi = slots | ProtoNet().adapt(meta, objective, data, 1)
+    torch.testing.assert_close(torch.softmax(objective.predict(phi, data, x), 1), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_prototypes_without_a_step_are_refused() -> None:
+    with pytest.raises(ValueError, match="inner_steps=0: at least 1 wanted"):
+        ProtoNet(inner_steps=0)
+
+
+def test_calibration_fits_the_function_that_is_judged() -> None:
+    # With frozen statistics, those in the slots and not the module's own.
+    torch.manual_seed(0)
+    model = functional(SMALL.build((1, 16, 16), 3))
+    objective, params = DataFree(model, "cross_entropy", "frozen"), model.params()
+    data = {"support_x": torch.randn(3, 1, 16, 16), "support_y": torch.arange(3), "noise": torch.randn(15, 1, 16, 16)}
+    slots = {k: v + torch.rand_like(v) for k, v in objective.slots().items()}
+    calibrate = Calibration(inversion_steps=2, steps=0)
+    images = calibrate._inverted(objective, slots | params, data["noise"], torch.arange(3).repeat_interleave(5))
+    moved = {k: v.detach().requires_grad_() for k, v in params.items()}
+    both_x, both_y = torch.cat([data["support_x"], images]), torch.cat([torch.arange(3), torch.arange(3).repeat_interleave(5)])
+    F.cross_entropy(model(slots | moved, both_x, FROZEN), both_y).backward()
+    after = replace(calibrate, steps=1)(objective, slots, params, data, 0.1)
+    assert list(after) == list(params)
+    torch.testing.assert_close(after["head.weight"], (moved["head.weight"] - 0.1 * moved["head.weight"].grad).detach())
+
+
 def test_calibration_draws_real_features_to_the_inverted_ones_of_their_class() -> None:
     torch.manual_seed(0)
     model = functional(SMALL.build((1, 16, 16), 3))
@@ -184,10 +224,10 @@ def test_calibration_draws_real_features_to_the_inverted_ones_of_their_class() -
         z = model.features(p, torch.cat([x, images]))
         return float(contrastive(z[:6], y, z[6:], torch.arange(3).repeat_interleave(5), both.temperature))
 
-    after = both(objective, params, data, 0.1)
+    after = both(objective, {}, params, data, 0.1)
     assert list(after) == list(params)
     assert distance(after) < distance(params)
-    body_only = replace(both, kind="contrastive")(objective, params, data, 0.1)
+    body_only = replace(both, kind="contrastive")(objective, {}, params, data, 0.1)
     assert torch.equal(body_only["head.weight"], params["head.weight"])
     assert not torch.equal(after["head.weight"], params["head.weight"])
     assert DataFreeMAML(calibration=Calibration("off")).at_test() == DataFreeMAML(calibration=Calibration("off"))
@@ -200,7 +240,7 @@ def test_only_the_last_step_at_test_is_calibrated() -> None:
     meta = Meta(objective.model.params(), {})
     learner = DataFreeMAML(0.1, 2, calibration=Calibration(inversion_steps=2, steps=1))
     plain, found = (list(each.path(meta, objective, data, 2)) for each in (MAML(0.1, 2), learner.at_test()))
-    wanted = [*plain[:-1], learner.calibration(objective, plain[-1], data, 0.1)]
+    wanted = [*plain[:-1], learner.calibration(objective, {}, plain[-1], data, 0.1)]
     for got, like in zip(found, wanted, strict=True):
         assert all(torch.equal(got[k], like[k]) for k in like)
     assert not torch.equal(found[-1]["head.weight"], plain[-1]["head.weight"])
@@ -216,6 +256,13 @@ def test_teachers_are_taught_as_torchs_optimisers_and_schedule_would(residual: b
     order = torch.stack([torch.randperm(20) for _ in range(plan.epochs)])
     taught, share = plan.train(functional(network), residual, {"x": x, "y": y, "order": order, "held_x": x, "held_y": y})
 
+    variance = torch.ones(4, dtype=torch.float64)  # torch's own running variance is unbiased, ours as inversion measures it
+
+    def note(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if network.training:
+            variance.lerp_(inputs[0].detach().var((0, 2, 3), correction=0), 0.1)
+
+    network[1].register_forward_pre_hook(note)
     own = network.parameters()
     optimiser = torch.optim.SGD(own, 1e-2, momentum=0.9, weight_decay=5e-4) if residual else torch.optim.Adam(own, 1e-2)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [3, 4, 5], 0.2)
@@ -231,5 +278,6 @@ def test_teachers_are_taught_as_torchs_optimisers_and_schedule_would(residual: b
     for name, value in network.named_parameters():
         torch.testing.assert_close(taught[name], value.detach(), rtol=1e-4, atol=1e-6)  # torch clips to limit/(norm + 1e-6)
     torch.testing.assert_close(taught["1.running_mean"], network[1].running_mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(taught["1.running_var"], variance, rtol=1e-4, atol=1e-6)
     network.eval()
     assert share.item() == pytest.approx((network(x).argmax(-1) == y).double().mean().item(), abs=0.05)

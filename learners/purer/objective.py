@@ -24,9 +24,10 @@ class DataFree(Supervised):
     """(channels, height, width) of an image."""
 
     def summary(self) -> str:
-        """Loss and normalisation, and which teachers they are: a hash of all their weights."""
+        """Loss and normalisation, and which teachers they are: a hash of all their layers, units and weights."""
         seen = hashlib.sha256()
         for teacher in self.teachers:
+            seen.update(f"{teacher.model.module} {teacher.scale} {teacher.offset}".encode())
             for value in teacher.params.values():
                 seen.update(value.detach().cpu().contiguous().numpy().tobytes())
         return f"{super().summary()}, {len(self.teachers)} teachers {seen.hexdigest()[:12]}"

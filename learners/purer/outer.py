@@ -7,7 +7,7 @@ code and the paper part, docstrings say which one this follows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from learners import tree
 from learners.base import CARRIED, Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, unpack
 from learners.derivative import differentiate, differentiate_with
 from learners.inner import InnerLoop, is_plain
+from learners.maml import MAML
 from learners.optimisers import Adam
 from learners.outer import Descent
 from learners.purer.curriculum import Switch
@@ -161,8 +162,11 @@ def _episodes(learner: InnerLoop, objective: DataFree) -> Callable[[Params, Para
 
 
 def _adversary(learner: InnerLoop, objective: DataFree) -> Callable[[Params, Params, Data], Share]:
+    if isinstance(learner, MAML):
+        learner = replace(learner, order=2)
+
     def adversary(at: Params, operand: Params, data: Data) -> Share:
-        """∇ L_outer with respect to an episode's images, through the inner loop; θ is a constant."""
+        """∇ L_outer with respect to an episode's images, through the inner loop (second order whatever the learner); θ is a constant."""
         task, meta = episode(operand["images"], data), unpack(at)
         moving = {k: task[k] for k in ("support_x", "query_x")}
         grads, _ = differentiate(lambda x: _outer_loss(learner, objective, meta, task | x)[0], moving, False)

@@ -96,8 +96,9 @@ class School:
 
         def school(at: Params, operand: Params, data: Data) -> Share:
             number = int(data["teacher"])
-            state, right = self.schooling.train(self.models[number], self.residual[number], data)
-            return Share(state, torch.ones(()), {"accuracy": right})
+            model = self.models[number].to(str(data["x"].device))
+            state, right = self.schooling.train(model, self.residual[number], data)
+            return Share(state, data["x"].new_ones(()), {"accuracy": right})
 
         return {"school": Verb(school, order)}
 

@@ -29,8 +29,6 @@ class TrainOptions:
     """Train this many seeds, from `seed` on, each in its own directory DIR/seed-N."""
     take_over: bool = False
     """Take the directory over from a driver that still seems alive."""
-    init_from: str = ""
-    """Start from the θ of this finished or interrupted run."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def train(words: list[str]) -> None:
         raise ValueError(f"seeds={options.seeds}: at least 1 wanted")
     for seed in range(run.seed, run.seed + options.seeds):
         home = directory / f"seed-{seed}" if options.seeds > 1 else directory
-        session.train(dataclasses.replace(run, seed=seed), home, init_from=options.init_from, take_over=options.take_over)
+        session.train(dataclasses.replace(run, seed=seed), home, take_over=options.take_over)
     if options.seeds > 1:
         seeds = [str(directory / f"seed-{s}") for s in range(run.seed, run.seed + options.seeds)]
         compare([*seeds, "--out", str(_beside(directory))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import config, session
-from cluster.storage import Place, write_atomically
+from cluster.storage import Place, place, write_atomically
 from cluster.tables import flat, to_table
 
 
@@ -37,9 +38,17 @@ class Group:
             return means[0], np.array(self.results[0]["ci95"][measure])
         return over_seeds(means)
 
-    def spent(self, what: str) -> int:
-        """What one run took to train, in the currency of equal budgets."""
-        return int(self.results[0]["iteration"]) * config.spent(self.run, what)
+    def spent(self, what: str) -> str:
+        """What one run took to train, in the currency of equal budgets, with the runs that it began from."""
+        total, run = 0, self.run
+        while True:
+            total += run.iterations * config.spent(run, what)
+            if not run.init_from:
+                return f"{total:,}"
+            path = place(run.init_from) / session.CONFIGURATION
+            if not path.exists():
+                return f"{total:,} + {run.init_from}"
+            run = config.load(str(path))
 
     def attacked(self) -> dict[str, tuple[float, float]]:
         """(mean, half-width of the 95 % interval) under attack, by "support/query/measure"; {} where nobody attacked."""
@@ -72,7 +81,8 @@ def grouped(directories: Sequence[Place]) -> list[Group]:
         if not (directory / "evaluation.json").exists():
             raise FileNotFoundError(f"{directory} has no evaluation.json: not a run directory, or a run that has not finished")
         run = config.load(str(session.configuration(directory)))
-        key = json.dumps({k: v for k, v in flat(to_table(run)).items() if k != "seed"})
+        beginning = re.sub(r"/seed-\d+$", "", run.init_from)
+        key = json.dumps({k: v for k, v in flat(to_table(run)).items() if k != "seed"} | {"init_from": beginning})
         groups.setdefault(key, []).append(directory)
         runs[key] = run
     return [_group(members, runs[key]) for key, members in groups.items()]
@@ -144,7 +154,7 @@ def _table(groups: list[Group], measure: str) -> Table:
             continue
         mean, half = group.curve(measure)
         cells = [f"{mean[k]:.4f} ± {half[k]:.4f}" for k in (0, min(1, len(mean) - 1), len(mean) - 1)]
-        table.add_row(group.label, str(len(group.results)), str(group.results[0]["iteration"]), f"{group.spent(budget):,}", *cells)
+        table.add_row(group.label, str(len(group.results)), str(group.run.iterations), group.spent(budget), *cells)
     return table
 
 

@@ -32,7 +32,7 @@ BUDGETS = ("passes", "env_steps")
 """Keys of a TOML file that make it a comparison of several runs, and say what each may spend."""
 
 BEGINNING = "init_from"
-"""Key of a run of a comparison: the run whose θ it begins from."""
+"""Key of a run; in a run of a comparison it names another of its runs."""
 
 NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""
@@ -100,6 +100,8 @@ class Run:
     """When and how much it evaluates."""
     seed: int = 0
     """Seed of the initial θ and of the training tasks."""
+    init_from: str = ""
+    """Begin with the θ of the run in this directory (or URL); empty: with the model's initialisation."""
     iterations: int = 1000
     """Meta-iterations (outer steps)."""
     meta_batch: int = 4

@@ -30,6 +30,8 @@ from cluster.report import Results, judge
 from cluster.storage import Place, make_folder, place, write_atomically
 from cluster.tables import flat, to_table
 from cluster.worker import environment, set_up_torch
+from envs.data_free import DataFree
+from learners.base import Params
 from learners.objectives import NormMode
 
 CONFIGURATION = "run.toml"
@@ -48,7 +50,7 @@ def configuration(directory: Place) -> Place:
     return path
 
 
-def train(run: Run, directory: Place, *, init_from: str = "", take_over: bool = False) -> None:
+def train(run: Run, directory: Place, *, take_over: bool = False) -> None:
     """Train `run` in `directory`, or go on with it there.
 
     The first SIGINT or SIGTERM stops it after a checkpoint (KeyboardInterrupt with the signal's number), the second
@@ -59,10 +61,10 @@ def train(run: Run, directory: Place, *, init_from: str = "", take_over: bool = 
     received: list[int] = []
     try:
         with Lease(directory).held(take_over) as lease:
-            run = prepared(run, directory)
+            run, begun = prepared(run, directory)
             parts, params = assemble.recipe(run)
-            if init_from:
-                params = _like(params, chosen(place(init_from), run.evaluation.checkpoint).meta.params, init_from)
+            if not begun:
+                params = _beginning(run, params)
             with assemble.pool(run, parts) as pool, _signals(received):  # signals last: joining Ray sets handlers of its own
                 Driver(
                     parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
@@ -82,17 +84,17 @@ def train_all(name: str, home: Place, *, seeds: int, keys: dict[str, Any]) -> li
         for seed in range(run.seed, run.seed + seeds):
             suffix = f"seed-{seed}" if seeds > 1 else ""
             directory = home / variant / suffix
-            begin = str(home / beginnings[variant] / suffix) if variant in beginnings else ""
+            begin = str(home / beginnings[variant] / suffix) if variant in beginnings else run.init_from
             directories.append(directory)
             if (directory / "evaluation.json").exists():
                 monitor.log.info("%s has finished", directory)
                 continue
-            train(replace(run, seed=seed), directory, init_from=begin)
+            train(replace(run, seed=seed, init_from=begin), directory)
     return directories
 
 
-def prepared(run: Run, directory: Place) -> Run:
-    """`run` with its data fetched and everything resolved, written to the directory; or as it was resolved there.
+def prepared(run: Run, directory: Place) -> tuple[Run, bool]:
+    """`run` with its data fetched and everything resolved, written to the directory, or as it was resolved there; whether it had begun.
 
     Raises ValueError where the directory holds another run.
     """
@@ -112,7 +114,7 @@ def prepared(run: Run, directory: Place) -> Run:
         run, why = assemble.resolved(run)
     monitor.log.info("%s", why)
     write_atomically(path, config.to_toml(run, {"environment": environment()}).encode())
-    return run
+    return run, begun is not None
 
 
 def evaluate(directory: Place, *, tasks: int, steps: int, split: str = "test", checkpoint: str = "newest",
@@ -131,6 +133,8 @@ def evaluate(directory: Place, *, tasks: int, steps: int, split: str = "test", c
             raise ValueError(f"inner_lr={inner_lr}: {type(run.learner).__name__} has no such rate to set")
         run = replace(run, learner=replace(run.learner, inner_lr=inner_lr))  # type: ignore[type-var]
     run = replace(run, pool=cast(Literal["ray", "local"], pool)) if pool else run
+    if split == "train" and isinstance(run.task, DataFree):
+        raise ValueError("split='train': the training episodes of a data-free run are cut from invented images; validation or test wanted")
     state = chosen(directory, checkpoint)
     run.task.prepare()
     parts, _ = assemble.recipe(run)
@@ -161,6 +165,7 @@ def replay(directory: Place) -> str:
     run = config.load(str(configuration(directory)))
     run.task.prepare()
     parts, params = assemble.recipe(run)
+    params = _beginning(run, params)
     set_up_torch(run.threads, run.device)
     applied = steps(directory / "journal")
     if not applied:
@@ -277,9 +282,12 @@ def _warn_of_schedule(run: Run) -> None:
         )
 
 
-def _like(params: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:
-    """`given`, if it has the names and shapes of `params`."""
+def _beginning(run: Run, params: Params) -> Params:
+    """θ₀: `params`, or that of the run that this one begins from, if it has their names and shapes."""
+    if not run.init_from:
+        return params
+    given = chosen(place(run.init_from), run.evaluation.checkpoint).meta.params
     wrong = [k for k, v in params.items() if k not in given or given[k].shape != v.shape]
     if wrong:
-        raise ValueError(f"--init-from {where}: its model has no parameter {wrong[0]} of shape {tuple(params[wrong[0]].shape)}")
+        raise ValueError(f"init_from={run.init_from}: its model has no parameter {wrong[0]} of shape {tuple(params[wrong[0]].shape)}")
     return {k: given[k] for k in params}

@@ -107,20 +107,27 @@ validation_tasks = 0
 [runs.maml]
 [runs.reptile]
 learner = { name = "reptile", batch = 5, inner_steps = 2 }
+[runs.after-maml]
+init_from = "maml"
+iterations = 1
+[runs.after-reptile]
+init_from = "reptile"
+iterations = 1
 """
 
 
 def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.toml").write_text(COMPARISON)
-    for trained in (2, 0):
+    for trained in (4, 0):
         metafleet("compare", str(tmp_path / "c.toml"), "--dir", str(tmp_path / "c"), "--pool", "local")
         captured = capsys.readouterr()
         assert captured.err.count("Held-out test tasks") == trained
     table = (tmp_path / "c" / "comparison.txt").read_text()
     assert [line.split()[1] for line in table.splitlines() if "300" in line] == ["maml", "reptile"]
+    assert [line.split()[1] for line in table.splitlines() if "330" in line] == ["after-maml", "after-reptile"]
     assert [json.loads((tmp_path / "c" / n / "evaluation.json").read_text())["iteration"] for n in ("maml", "reptile")] == [10, 15]
     assert Image.open(tmp_path / "c" / "comparison.png").size[0] > 800
-    assert "is a comparison of 2 runs: metafleet compare" in refusal(capsys, "train", str(tmp_path / "c.toml"))
+    assert "is a comparison of 4 runs: metafleet compare" in refusal(capsys, "train", str(tmp_path / "c.toml"))
     assert "is not a comparison" in refusal(capsys, "compare", "sinusoid")
 
 
@@ -201,5 +208,12 @@ def test_a_run_starts_from_the_theta_of_another(finished: Path, tmp_path: Path, 
     metafleet("train", "sinusoid", "--dir", str(tmp_path / "w"), *TINY, "--init-from", str(finished), "--outer.lr", "0.0")
     ends = [Checkpoints(d / "checkpoints").newest() for d in (finished, tmp_path / "w")]
     assert digest(ends[0].meta) == digest(ends[1].meta)
+    metafleet("replay", str(tmp_path / "w"))
+    assert "end in the recorded bits" in capsys.readouterr().out
+    # One that is killed before its first checkpoint begins there again.
+    (tmp_path / "k").mkdir()
+    (tmp_path / "k" / "run.toml").write_bytes((tmp_path / "w" / "run.toml").read_bytes())
+    metafleet("resume", str(tmp_path / "k"))
+    assert digest(Checkpoints(tmp_path / "k" / "checkpoints").newest().meta) == digest(ends[0].meta)
     text = refusal(capsys, "train", "sinusoid", "--dir", str(tmp_path / "x"), *TINY, "--init-from", str(finished), "--model.hidden", "7")
     assert "its model has no parameter linear0.weight of shape (7, 1)" in text

@@ -252,6 +252,7 @@ def test_theta_and_images_are_the_same_on_any_fleet_and_after_a_kill(pool_folder
 
     run = data_free(pool_folder)
     wanted = bits(trained(run, tmp_path / "local"))
+    assert any(line["purer/fired"] for line in _train(tmp_path / "local")[3:])  # the adversary's round too, after the kill
     killed: list[int] = []
 
     def kill(driver: Driver) -> bool:
@@ -271,6 +272,7 @@ def test_theta_and_images_are_the_same_on_any_fleet_and_after_a_kill(pool_folder
 def test_a_stopped_run_goes_on_to_the_same_bits(pool_folder: Path, tmp_path: Path) -> None:
     run = data_free(pool_folder)
     wanted = bits(trained(run, tmp_path / "whole"))
+    assert any(line["purer/fired"] for line in _train(tmp_path / "whole")[4:])
     with pytest.raises(KeyboardInterrupt):
         trained(run, tmp_path / "halves", hook=lambda d: d.iteration == 4)
     resumed = Checkpoints(tmp_path / "halves" / "checkpoints").newest()

@@ -21,7 +21,7 @@ class Tree:
 
     Floats are not associative, so the bracketing may not depend on who answered first: node [a, b) of a level is
     its left half plus its right half, whenever both are there. A rejected shard leaves its half empty. Vectors that are
-    elsewhere are added there, by the same tree: what travels here is the root.
+    elsewhere are added there, in the same brackets, once the total is asked for.
     """
 
     def __init__(self, shards: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from cluster import seeds, teachers
 from cluster.config import Run
+from cluster.policies import Synchronous
 from cluster.pool import LocalPool, Pool
 from cluster.teachers import TeacherPool
 from cluster.worker import Recipe
@@ -128,6 +129,15 @@ def resolved(run: Run) -> tuple[Run, str]:
         compiler=execution.has_compiler(),
     )
     return replace(run, execution=mode, chunk=run.chunk or chunk), why
+
+
+def idle_workers(run: Run) -> tuple[str, str] | None:
+    """(what is wrong, what to do) where a meta-batch has fewer shards than there are workers."""
+    shards = run.meta_batch // run.shard
+    if run.pool != "ray" or not isinstance(run.policy, Synchronous) or shards >= run.workers:
+        return None
+    smaller = next(s for s in range(max(1, run.meta_batch // run.workers), 0, -1) if run.meta_batch % s == 0)
+    return f"a meta-batch of {run.meta_batch} in shards of {run.shard} keeps {shards} of {run.workers} workers busy", f"--shard {smaller}"
 
 
 def _as_taught(run: Run, task: DataFree) -> Run:

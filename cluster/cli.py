@@ -21,7 +21,7 @@ USAGE = """metafleet — distributed meta-training on Ray
   metafleet export DIR OUT.safetensors                            θ for use with plain torch
   metafleet teachers RUN [--dir DIR] [--count 8]                  train (or import) a pool of classifiers for data-free runs
   metafleet list                                                  presets, tasks, models, learners
-  metafleet show RUN [--key value ...]                            the resolved configuration as TOML
+  metafleet show RUN [--key value ...]                            the whole configuration as TOML
   metafleet check RUN [--key value ...]                           is the meta-gradient what it claims to be?
   metafleet scale RUN --workers 1,2,4 [--policy sync,async]       throughput, efficiency, time-to-loss over fleet sizes
   metafleet doctor [RUN] [--key value ...]                        is this machine or cluster fit for it?

@@ -162,7 +162,7 @@ class Export:
     out: Annotated[Path, tyro.conf.Positional]
     """File to write."""
     checkpoint: str = "newest"
-    """newest, or best (on validation)."""
+    """newest, best (on validation), or the iteration of one that is kept."""
 
 
 def export(words: list[str]) -> None:

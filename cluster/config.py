@@ -123,7 +123,7 @@ class Run:
     device: str = "cpu"
     """Device of the workers: cpu or cuda."""
     threads: int = 1
-    """Torch threads per worker."""
+    """Threads per worker, torch's and numpy's."""
     execution: Literal["auto", "loop", "vmap", "compiled"] = "auto"
     """How a shard's tasks run; auto decides by rule, never by timing."""
     chunk: int = 0
@@ -131,7 +131,7 @@ class Run:
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters and data."""
     sums: Literal["driver", "fleet"] = "driver"
-    """Who adds contributions up: the driver, or the nodes, by the same tree, so that one sum per round travels to it."""
+    """Who adds contributions up: the driver, or the nodes, by the same tree, so that about one sum per node travels to it."""
     compression: Compression = "none"
     """Contributions on the wire: as computed, or rounded to bfloat16, half the bytes."""
     straggler: float = 1.0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster import assemble
 from cluster.config import Run
 from cluster.storage import Place, create, make_folder, write_atomically
 from cluster.worker import data_files, environment, place
@@ -50,6 +51,7 @@ def examine(run: Run, directory: Place) -> Iterator[Finding]:
     """All findings, as they are made."""
     yield _directory(directory)
     yield _threads(run)
+    yield from _shards(run)
     yield _screen()
     yield from _data(run)
     if run.pool == "local":
@@ -111,6 +113,11 @@ def _threads(run: Run) -> Finding:
         most = max(1, cores // run.threads)
         return Finding("warning", f"{said} for {run.workers} workers", f"--workers {most} would not share processors")
     return Finding("ok", said)
+
+
+def _shards(run: Run) -> Iterator[Finding]:
+    if idle := assemble.idle_workers(run):
+        yield Finding("warning", *idle)
 
 
 def _screen() -> Finding:

@@ -1,4 +1,4 @@
-"""The append-only record of a run: what was dispatched, applied, rejected, and by whom."""
+"""The append-only record of a run: what was dispatched, applied, rejected, and what became of the fleet."""
 
 from __future__ import annotations
 

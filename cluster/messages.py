@@ -19,10 +19,10 @@ class Lost(RuntimeError):
 
 
 class Elsewhere(Protocol):
-    """A vector that stayed on the machine that made it. Adding happens there too; only `fetch` brings it here."""
+    """A vector that stayed on the machine that made it, or a sum of such; only `fetch` brings it here."""
 
     def plus(self, other: Any) -> Elsewhere:
-        """The sum of both, begun and not waited for."""
+        """The sum of both; nothing need be added before `fetch`."""
 
     def fetch(self) -> Vector:
         """The vector. Raises Lost."""

@@ -31,8 +31,9 @@ FETCH_SECONDS = 120.0  # what has not arrived after this long never will
 def join(address: str, cpus: float, gpus: float) -> bool:
     """Connect to Ray; True where this process started it and must shut it down.
 
-    "local" starts a Ray of our own with `cpus` CPUs, unless the process is connected already; "auto" joins the one
-    of $RAY_ADDRESS or of this machine; anything else is host:port. Raises ConnectionError where nobody answers.
+    "local" starts a Ray of our own with `cpus` CPUs, unless the process is connected already or $RAY_ADDRESS names a
+    cluster (as in a Ray job); "auto" joins the one of $RAY_ADDRESS or of this machine; anything else is host:port.
+    Raises ConnectionError where nobody answers.
     """
     if ray.is_initialized():
         return False

@@ -54,7 +54,7 @@ class Experiment:
     independent: bool = True
     """Whether to run as many independent processes beside each fleet (on this machine)."""
     resize: str = ""
-    """A command that gives the cluster {workers} workers, run before each size."""
+    """A command that gives the cluster {workers} workers, run before each run of a fleet."""
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):

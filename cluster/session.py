@@ -113,6 +113,8 @@ def prepared(run: Run, directory: Place) -> tuple[Run, bool]:
         set_up_torch(run.threads, "cpu")
         run, why = assemble.resolved(run)
     monitor.log.info("%s", why)
+    if idle := assemble.idle_workers(run):
+        monitor.log.warning("%s; a new run could have %s", *idle)
     write_atomically(path, config.to_toml(run, {"environment": environment()}).encode())
     return run, begun is not None
 

@@ -30,7 +30,7 @@ def list_(words: list[str]) -> None:
 
 
 def show(words: list[str]) -> None:
-    """Print the resolved configuration of RUN as TOML: every key, defaults included."""
+    """Print the configuration of RUN as TOML: every key, defaults included. What is "auto" or 0 is decided when a run begins."""
     from cluster import config, flags
 
     _, _, run = flags.configured("show", words, NoOptions, show.__doc__ or "")
@@ -68,7 +68,7 @@ class ScaleOptions:
     independent: bool = True
     """Also run as many processes that each train alone, without Ray, on this machine: what the fleet could reach."""
     resize: str = ""
-    """A command that gives the cluster {workers} workers, run before each size."""
+    """A command that gives the cluster {workers} workers, run before each run of a fleet."""
 
 
 def scale(words: list[str]) -> None:

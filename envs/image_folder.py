@@ -1,4 +1,4 @@
-"""Any class-labelled image set: csv files beside images (MiniImagenet's layout), or a folder per class."""
+"""Any class-labelled image set: csv files beside images (MiniImagenet's layout), or train, val and test with a folder per class."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster import cli, config, doctor
+from cluster.asynchronous import Asynchronous
 from cluster.doctor import Node
 from cluster.worker import environment
 
@@ -42,6 +43,16 @@ def test_other_versions_clocks_and_too_few_processors_are_found() -> None:
     assert any("clock of host:2 is -40.0 s off" in line and "NTP" in line for line in found["warning"])
     assert any("8 workers of 1 CPUs: room for 4" in line for line in found["warning"])
     assert any("room for 1" in line for line in findings([node()], {"CPU": 1.0}, workers=3, min_workers=2)["wrong"])
+
+
+def test_workers_without_a_shard_are_found() -> None:
+    run = replace(config.load("sinusoid"), meta_batch=100, shard=50, workers=4)
+    (finding,) = doctor._shards(run)
+    assert finding.what == "a meta-batch of 100 in shards of 50 keeps 2 of 4 workers busy"
+    assert finding.hint == "--shard 25"
+    assert next(doctor._shards(replace(run, workers=3))).hint == "--shard 25"  # 33 does not divide 100
+    fine = [{"workers": 2}, {"pool": "local"}, {"policy": Asynchronous()}]
+    assert not [f for keys in fine for f in doctor._shards(replace(run, **keys))]
 
 
 def test_the_command_says_it_line_by_line_and_fails_where_something_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,10 +72,10 @@ class Evaluate:
 
     dir: Annotated[str, tyro.conf.Positional]
     """Run directory, or its URL."""
-    tasks: int = 600
-    """Held-out tasks."""
-    steps: int = 10
-    """Inner steps."""
+    tasks: int = 0
+    """Held-out tasks; 0: as the run does."""
+    steps: int | None = None
+    """Inner steps; default: as the run does."""
     split: Literal["train", "validation", "test"] = "test"
     """Which tasks."""
     checkpoint: str = "newest"
@@ -86,12 +86,14 @@ class Evaluate:
     """local or ray; empty: as the run did."""
     workers: int = 0
     """Ray actors; 0: as the run did."""
+    device: str = ""
+    """cpu or cuda; empty: as the run did."""
     inner_lr: float | None = None
-    """Rate of the inner loop; default: the run's."""
+    """Rate of the inner loop, a later one (`learner.later_lr`) in proportion; default: the run's."""
     eps: float | None = None
     """Attack support and query within this ball (pixels: [0, 1]); default: as the run does; 0: do not."""
-    json: Path | None = None
-    """Write the numbers to this file."""
+    json: str = ""
+    """Write the numbers to this file, or URL."""
 
 
 def evaluate(words: list[str]) -> None:
@@ -100,15 +102,15 @@ def evaluate(words: list[str]) -> None:
     from cluster.storage import place, write_atomically
 
     o = parsed("evaluate", Evaluate, words)
-    run, results = session.evaluate(place(o.dir), tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint,
-                                   norms=o.norms, pool=o.pool, workers=o.workers, inner_lr=o.inner_lr, eps=o.eps)  # fmt: skip
+    run, results = session.evaluate(place(o.dir), tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint, norms=o.norms,
+                                   pool=o.pool, workers=o.workers, device=o.device, inner_lr=o.inner_lr, eps=o.eps)  # fmt: skip
     curves, matrix = results.curves, results.matrix
     console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
     for table in matrix.tables() if matrix else ():
         console.print(table)
     if o.json:
         content = curves.as_dict() | ({"robustness": matrix.as_dict()} if matrix else {})
-        write_atomically(o.json, json.dumps(content, indent=1).encode())
+        write_atomically(place(o.json), json.dumps(content, indent=1).encode())
 
 
 def _beside(home: Place) -> Path:
@@ -122,28 +124,37 @@ class Compare:
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run directories; or one comparison (a preset or TOML file), whose runs are trained first, at equal budget."""
-    out: Path | None = None
+    out: str = ""
     """Where the plot goes, and beside it the table as text. Default: comparison.png, in DIR for a comparison."""
     dir: str = ""
     """Of a comparison: where its runs go; those that are there already are not trained again. Default: runs/RUN-DATE-TIME."""
-    seeds: int = 1
-    """Of a comparison: seeds per run."""
-    pool: Literal["ray", "local"] = "ray"
-    """Of a comparison: where tasks run."""
-    workers: int = 2
-    """Of a comparison: Ray actors."""
+    seeds: int | None = None
+    """Of a comparison: seeds per run. Default: 1."""
+    pool: Literal["ray", "local"] | None = None
+    """Of a comparison: where tasks run. Default: as it says."""
+    workers: int | None = None
+    """Of a comparison: Ray actors. Default: as it says."""
 
 
 def compare(words: list[str]) -> None:
     """Table and plot of several runs."""
-    from cluster import comparison, session, storage
+    from cluster import comparison, config, session, storage
 
     o = parsed("compare", Compare, words)
-    directories, out = [storage.place(d) for d in o.runs], o.out or Path("comparison.png")
-    if len(o.runs) == 1 and not directories[0].is_dir():
+    if not o.runs:
+        raise ValueError("metafleet compare wants run directories, or one comparison")
+    directories, out = [storage.place(d) for d in o.runs], storage.place(o.out or "comparison.png")
+    if not isinstance(out, Path):
+        raise ValueError(f"out={o.out}: a file on this machine wanted")
+    if len(o.runs) == 1 and (o.runs[0] in config.presets() or not directories[0].is_dir()):
         home = storage.place(o.dir or session.new_directory(directories[0].stem))
-        directories = session.train_all(o.runs[0], home, seeds=o.seeds, keys={"pool": o.pool, "workers": o.workers})
-        out = o.out or _beside(home)
+        keys = {k: v for k, v in (("pool", o.pool), ("workers", o.workers)) if v is not None}
+        directories = session.train_all(o.runs[0], home, seeds=1 if o.seeds is None else o.seeds, keys=keys)
+        out = out if o.out else _beside(home)
+    else:
+        for key in ("dir", "seeds", "pool", "workers"):
+            if value := getattr(o, key):
+                raise ValueError(f"{key}={value}: of a comparison that is to be trained; these are runs that have finished")
     groups = comparison.grouped(directories)
     tables = comparison.tables(groups)
     for table in tables:
@@ -159,8 +170,8 @@ class Export:
 
     dir: Annotated[str, tyro.conf.Positional]
     """Run directory, or its URL."""
-    out: Annotated[Path, tyro.conf.Positional]
-    """File to write."""
+    out: Annotated[str, tyro.conf.Positional]
+    """File to write, or its URL."""
     checkpoint: str = "newest"
     """newest, best (on validation), or the iteration of one that is kept."""
 
@@ -170,7 +181,7 @@ def export(words: list[str]) -> None:
     from cluster import session, storage
 
     o = parsed("export", Export, words)
-    names = session.export(storage.place(o.dir), o.out, o.checkpoint)
+    names = session.export(storage.place(o.dir), storage.place(o.out), o.checkpoint)
     console.print(f"{o.out}: {len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", highlight=False)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,28 @@ def over_seeds(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
 
 def grouped(directories: Sequence[Place]) -> list[Group]:
     """Finished runs by configuration. Raises FileNotFoundError for one without results."""
-    groups: dict[str, list[Place]] = {}
-    runs: dict[str, config.Run] = {}
+    groups: dict[tuple[str, int], list[Place]] = {}
+    runs: dict[tuple[str, int], config.Run] = {}
+    met: Counter[tuple[str, int]] = Counter()
     for directory in directories:
-        if not (directory / "evaluation.json").exists():
+        if not (directory / session.RESULTS).exists():
             raise FileNotFoundError(f"{directory} has no evaluation.json: not a run directory, or a run that has not finished")
         run = config.load(str(session.configuration(directory)))
-        beginning = re.sub(r"/seed-\d+$", "", run.init_from)
-        key = json.dumps({k: v for k, v in flat(to_table(run)).items() if k != "seed"} | {"init_from": beginning})
+        kind = _kind(run)
+        key = kind, met[kind, run.seed]  # the same seed again is no other seed, and stands apart
+        met[kind, run.seed] += 1
         groups.setdefault(key, []).append(directory)
         runs[key] = run
-    return [_group(members, runs[key]) for key, members in groups.items()]
+    found = [_group(members, runs[key]) for key, members in groups.items()]
+    twice = Counter(g.label for g in found)
+    return [replace(g, label=", ".join(map(str, m))) if twice[g.label] > 1 else g for g, m in zip(found, groups.values(), strict=True)]
+
+
+def _kind(run: config.Run) -> str:
+    """What runs of one kind have in common: all that numbers depend on but the seed."""
+    fleet = tuple(f"{key}." for key in config.RESUMABLE if key not in ("iterations", "evaluation"))
+    keys = {k: v for k, v in flat(to_table(run)).items() if k != "seed" and not f"{k}.".startswith(fleet)}
+    return json.dumps(keys | {"init_from": re.sub(r"/seed-\d+$", "", run.init_from)})
 
 
 def tables(groups: list[Group]) -> list[Table]:
@@ -133,9 +145,9 @@ def plot(groups: list[Group], out: Path) -> None:
 
 
 def _group(members: list[Place], run: config.Run) -> Group:
-    label = members[0].name if len(members) == 1 else f"{members[0].parent.name} ({len(members)} seeds)"
-    if len(members) == 1 and label.startswith("seed-"):
-        label = f"{members[0].parent.name}/{label}"
+    label = ", ".join(m.name for m in members)
+    if all(m.name.startswith("seed-") for m in members):
+        label = members[0].parent.name + (f" ({len(members)} seeds)" if len(members) > 1 else f"/{label}")
     lines = [[json.loads(line) for line in (m / "metrics.jsonl").read_text().splitlines()] for m in members]
     return Group(
         label, run, [json.loads((m / "evaluation.json").read_text()) for m in members],

@@ -204,7 +204,8 @@ def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
     table = read(name)
     variants, budget = table.pop(VARIANTS, None), {k: table.pop(k) for k in BUDGETS if k in table}
     allowed = next(iter(budget.values()), None)
-    if not isinstance(variants, dict) or not variants or len(budget) != 1 or type(allowed) is not int or allowed < 1:
+    tables = isinstance(variants, dict) and variants and all(isinstance(v, dict) for v in variants.values())
+    if not tables or len(budget) != 1 or type(allowed) is not int or allowed < 1:
         raise ValueError(f"RUN={name!r} is not a comparison: tables [{VARIANTS}.NAME] and {' or '.join(BUDGETS)} = a whole number wanted")
     runs = {}
     for variant, differences in variants.items():

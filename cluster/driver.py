@@ -60,7 +60,7 @@ class Driver:
         self._hparams, self._interrupted, self._prometheus_port = hparams or {}, interrupted, prometheus_port
         self.checkpoints = Checkpoints(self.directory / "checkpoints", self.checkpoint.keep)
         self.iteration = 0
-        set_up_torch(recipe.threads, recipe.device)
+        set_up_torch(recipe.threads, "cpu")  # its own work is sums and steps: a head node needs no GPU
         self.meta, self.state = initial(recipe, params)
         self.workers: dict[str, str] = {}
         self.nodes: dict[str, str] = {}

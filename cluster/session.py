@@ -31,10 +31,12 @@ from cluster.storage import Place, make_folder, place, write_atomically
 from cluster.tables import flat, to_table
 from cluster.worker import environment, set_up_torch
 from envs.data_free import DataFree
-from learners.base import Params
+from learners.base import HasRates, Learner, Params
 from learners.objectives import NormMode
+from learners.purer.outer import Purer
 
 CONFIGURATION = "run.toml"
+RESULTS = "evaluation.json"
 
 
 def new_directory(label: str) -> Path:
@@ -78,34 +80,52 @@ def train(run: Run, directory: Place, *, take_over: bool = False) -> None:
 
 def train_all(name: str, home: Place, *, seeds: int, keys: dict[str, Any]) -> list[Place]:
     """Train every run of a comparison in HOME/RUN (or HOME/RUN/seed-N), but those that have finished; their directories."""
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: at least 1 wanted")
     directories: list[Place] = []
-    beginnings = config.beginnings(name)
-    for variant, run in config.comparison(name, keys).items():
+    home = home.absolute() if isinstance(home, Path) else home  # run.toml names the run that another begins from
+    variants, beginnings = config.comparison(name, keys), config.beginnings(name)
+    for variant, run in variants.items():
         for seed in range(run.seed, run.seed + seeds):
             suffix = f"seed-{seed}" if seeds > 1 else ""
-            directory = home / variant / suffix
             begin = str(home / beginnings[variant] / suffix) if variant in beginnings else run.init_from
-            directories.append(directory)
-            if (directory / "evaluation.json").exists():
-                monitor.log.info("%s has finished", directory)
-                continue
-            train(replace(run, seed=seed, init_from=begin), directory)
+            run = replace(run, seed=seed, init_from=begin)
+            directories.append(home / variant / suffix)
+            if _finished(run, directories[-1]):
+                monitor.log.info("%s has finished", directories[-1])
+            else:
+                train(run, directories[-1])
     return directories
+
+
+def _finished(run: Run, directory: Place) -> bool:
+    """Whether there are results of all its iterations. Raises ValueError where they are of another run."""
+    if not (directory / RESULTS).exists():
+        return False
+    old = config.load(str(configuration(directory)))
+    config.check_resumable(old, _as_before(run, old))
+    return old.iterations == run.iterations
 
 
 def prepared(run: Run, directory: Place) -> tuple[Run, bool]:
     """`run` with its data fetched and everything resolved, written to the directory, or as it was resolved there; whether it had begun.
 
-    Raises ValueError where the directory holds another run.
+    Results of fewer iterations are removed. Raises ValueError where the directory holds another run.
     """
     path = directory / CONFIGURATION
     begun = Checkpoints(directory / "checkpoints").newest()
-    if begun and path.exists():
+    if begun:
+        if not path.exists():
+            raise ValueError(f"{directory} holds a run that was made in Python: another directory is wanted for this one")
         old = config.load(str(path))
         run = _as_before(run, old)
         config.check_resumable(old, run)
         if run.iterations < begun.iteration:
             raise ValueError(f"iterations={run.iterations}: {directory} is at iteration {begun.iteration} already")
+        if begun.iteration < run.iterations:
+            (directory / RESULTS).unlink(missing_ok=True)
+        if begun.best and run.evaluation != old.evaluation:
+            monitor.log.warning("evaluation has changed: the best θ so far, of iteration %d, was chosen as before", begun.best["iteration"])
         _warn_of_schedule(run)
         why = f"execution = {run.execution}, as when the run began"
     run.task.prepare()
@@ -119,21 +139,19 @@ def prepared(run: Run, directory: Place) -> tuple[Run, bool]:
     return run, begun is not None
 
 
-def evaluate(directory: Place, *, tasks: int, steps: int, split: str = "test", checkpoint: str = "newest",
-             norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0, inner_lr: float | None = None,
+def evaluate(directory: Place, *, tasks: int = 0, steps: int | None = None, split: str = "test", checkpoint: str = "newest",
+             norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0, device: str = "", inner_lr: float | None = None,
              eps: float | None = None) -> tuple[Run, Results]:  # fmt: skip
-    """Adaptation curves of a run's θ, and its accuracy under attacks of `eps`."""
+    """Adaptation curves of a run's θ, and its accuracy under attacks of `eps`; what is not said is as in the run."""
     run = config.load(str(configuration(directory)))
+    tasks, steps = tasks or run.evaluation.tasks, run.evaluation.steps if steps is None else steps
     if pool not in ("", "local", "ray"):
         raise ValueError(f"pool={pool!r} is not one of local, ray")
     how = run.evaluation.robustness if eps is None else replace(run.evaluation.robustness, eps=eps)
     evaluation = replace(run.evaluation, tasks=tasks, steps=steps, norms=norms or run.evaluation.norms, robustness=how)
     workers = workers or run.workers
-    run = replace(run, workers=workers, min_workers=min(workers, run.min_workers), evaluation=evaluation)
-    if inner_lr is not None:
-        if not hasattr(run.learner, "inner_lr"):
-            raise ValueError(f"inner_lr={inner_lr}: {type(run.learner).__name__} has no such rate to set")
-        run = replace(run, learner=replace(run.learner, inner_lr=inner_lr))  # type: ignore[type-var]
+    run = replace(run, workers=workers, min_workers=min(workers, run.min_workers), evaluation=evaluation, device=device or run.device)
+    run = run if inner_lr is None else replace(run, learner=_at_rate(run.learner, inner_lr))
     run = replace(run, pool=cast(Literal["ray", "local"], pool)) if pool else run
     if split == "train" and isinstance(run.task, DataFree):
         raise ValueError("split='train': the training episodes of a data-free run are cut from invented images; validation or test wanted")
@@ -143,6 +161,16 @@ def evaluate(directory: Place, *, tasks: int, steps: int, split: str = "test", c
     with assemble.pool(run, parts) as fleet:
         dispatcher = Dispatcher(fleet, Ledger(Unwritten()), max_attempts=run.policy.max_attempts)
         return run, judge(parts, dispatcher, state, split, tasks, run.shard)
+
+
+def _at_rate(learner: Learner, inner_lr: float) -> Learner:
+    """The learner with another inner rate, and a later one in proportion."""
+    if not hasattr(learner, "inner_lr") or isinstance(learner, HasRates):
+        raise ValueError(f"inner_lr={inner_lr}: {type(learner).__name__} has no such rate to set")
+    if getattr(learner, "later_lr", 0.0):
+        learner = replace(learner, later_lr=learner.later_lr * inner_lr / learner.inner_lr)  # type: ignore[type-var, attr-defined]
+    found: Learner = replace(learner, inner_lr=inner_lr)  # type: ignore[type-var]
+    return found
 
 
 def chosen(directory: Place, checkpoint: str) -> State:
@@ -183,7 +211,7 @@ def replay(directory: Place) -> str:
     return f"OK: {len(applied)} steps of {whole} contributions ({late} of them stale) end in the recorded bits, θ {theta}"
 
 
-def export(directory: Place, out: Path, checkpoint: str) -> list[str]:
+def export(directory: Place, out: Place, checkpoint: str) -> list[str]:
     """Write θ (and carried statistics) as safetensors, with the configuration as metadata; returns the names."""
     from safetensors.torch import save
 
@@ -191,7 +219,7 @@ def export(directory: Place, out: Path, checkpoint: str) -> list[str]:
     path = directory / CONFIGURATION
     text = path.read_text() if path.exists() else ""
     tensors = {k: v.contiguous() for k, v in (state.meta.params | state.meta.slots).items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_atomically(out, save(tensors, {"metafleet": text, "iteration": str(state.iteration)}))
     return list(tensors)
 
@@ -267,11 +295,16 @@ def _signals(received: list[int]) -> Iterator[None]:
 
 
 def _as_before(run: Run, old: Run) -> Run:
-    """What "auto" and 0 were resolved to when the run began."""
+    """What "auto" and 0 were resolved to when the run began, and what its teachers said of themselves."""
     if run.execution == "auto":
         run = replace(run, execution=old.execution, chunk=run.chunk or old.chunk)
     if getattr(run.outer, "horizon", None) == 0:
         run = replace(run, outer=replace(run.outer, horizon=getattr(old.outer, "horizon", 0)))  # type: ignore[type-var]
+    if isinstance(run.task, DataFree) and isinstance(old.task, DataFree) and not run.task.teachers:
+        taught = {k: getattr(old.task, k) for k in ("teachers", "teacher_ways", "kinds", "mean", "std")}
+        run = replace(run, task=replace(run.task, **taught))
+        if isinstance(run.outer, Purer) and isinstance(old.outer, Purer):
+            run = replace(run, outer=replace(run.outer, teachers=old.outer.teachers))
     return run
 
 

@@ -32,7 +32,7 @@ def place(name: str | Path | UPath) -> Place:
     """A path as it is; a URL by its file system, whose listings are not to be remembered. Raises ValueError for one that we cannot open."""
     text = str(name)
     if "://" not in text:
-        return name if isinstance(name, UPath) else Path(name)
+        return name if isinstance(name, UPath) else Path(name).expanduser()
     scheme, options = text.partition("://")[0], name.storage_options if isinstance(name, UPath) else {}
     if scheme in ("file", "local"):
         return Path(str(UPath(text).path))

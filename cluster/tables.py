@@ -78,11 +78,12 @@ def flat(table: Table, path: str = "") -> dict[str, Any]:
 
 
 def choose(table: Table, path: list[str], choice: str) -> None:
-    """Set a `name` key; keys of another choice do not carry over."""
+    """Set a `name` key; keys of another choice do not carry over, but tables that both have."""
     for key in path[:-1]:
         table = table.setdefault(key, {})
     if table.get("name") != choice:
-        kept = {k: v for k, v in table.items() if isinstance(v, dict)}
+        known = {f.name for choices in CHOICES.values() if choice in choices for f in dataclasses.fields(choices[choice])}
+        kept = {k: v for k, v in table.items() if isinstance(v, dict) and k in known}
         table.clear()
         table.update(kept)
         table["name"] = choice

@@ -124,6 +124,15 @@ class TeacherOptions:
     """Passes over a teacher's images."""
 
 
+def _folder(given: str, name: str) -> Path:
+    from cluster import storage
+
+    folder = storage.place(given or f"teachers/{Path(name).stem}")
+    if not isinstance(folder, Path):
+        raise ValueError(f"dir={given}: a folder on this machine wanted, which every run reads its teachers from")
+    return folder
+
+
 def teachers(words: list[str]) -> None:
     """Train a pool of classifiers on the training classes of RUN's images; or import one that a TOML file with [[teacher]] describes."""
     from cluster import flags, monitor, school
@@ -132,11 +141,11 @@ def teachers(words: list[str]) -> None:
 
     name, rest = flags.leading(words)
     if pools.describes(name):
-        folder = Path(parsed("teachers FILE.toml", Import, rest).dir or f"teachers/{Path(name).stem}")
+        folder = _folder(parsed("teachers FILE.toml", Import, rest).dir, name)
         found = [(n, float("nan")) for n in pools.imported(Path(name), folder)]
     else:
         _, o, run = flags.configured("teachers", words, TeacherOptions, teachers.__doc__ or "")
-        folder = Path(o.dir or f"teachers/{Path(name).stem}")
+        folder = _folder(o.dir, name)
         monitor.plain_logging()
         specs = school.architectures(o.architectures, o.conv_width, o.resnet_width)
         plan = school.Plan(o.count, o.known, o.overlapping, specs, Schooling(epochs=o.epochs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,8 @@ from learners.control import Control, Rollouts
 from learners.inner import is_plain
 from learners.models import Functional, Gaussian, functional
 from learners.objectives import Supervised
+from learners.proto_net import ProtoNet
+from learners.purer.calibration import DataFreeMAML
 from learners.purer.objective import DataFree as DataFreeObjective
 from learners.purer.outer import Purer
 from learners.verbs import training_steps
@@ -84,6 +87,7 @@ def _data_free(run: Run, network: Functional, pool: TeacherPool) -> Objective:
 
 
 def _objective(run: Run, network: Functional) -> Objective:
+    _check_attacks(run)
     if run.task.kind == "control":
         if not isinstance(run.task, Rollouts):
             raise TypeError(f"{type(run.task).__name__} is of kind control, but has no method rollout")
@@ -101,6 +105,24 @@ def _objective(run: Run, network: Functional) -> Objective:
         report=run.evaluation.norms,
         momentum=run.objective.momentum,
     )
+
+
+def _check_attacks(run: Run) -> None:
+    """Raise ValueError for attacks that the tasks do not admit, and for learners that want labels where there are none."""
+    eps, name = run.evaluation.robustness.eps, type(run.learner).__name__
+    own = getattr(run.learner, "attack", None)
+    if run.task.kind == "control":
+        if eps:
+            raise ValueError(f"evaluation.robustness.eps={eps}: attacks are on the inputs of examples, and RL tasks have none")
+        if own is not None or isinstance(run.learner, DataFreeMAML | ProtoNet):
+            raise ValueError(f"{name} wants labelled examples, and RL tasks have none")
+    elif run.task.kind == "regression":
+        for key, attack in (("learner.attack", own), ("evaluation.robustness", run.evaluation.robustness if eps else None)):
+            if attack and (math.isfinite(attack.low) or math.isfinite(attack.high)):
+                raise ValueError(
+                    f"{key} keeps inputs within [{attack.low:g}, {attack.high:g}], as pixels are; for {type(run.task).__name__} "
+                    f"--{key}.low=-inf --{key}.high=inf wanted"
+                )
 
 
 def resolved(run: Run) -> tuple[Run, str]:

@@ -26,7 +26,7 @@ class Late(NamedTuple):
     staleness: int
     """Outer steps between the θ it was computed at and the one it is applied to."""
     then: Params
-    """That θ, packed; looked at by delay compensation only."""
+    """That θ, packed, and its slots."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,25 @@ class Asynchronous(Limits):
         assert isinstance(outer, OneRound)
         return Flow(self, outer, dispatcher, batch, work)
 
-    def combined(self, late: Sequence[Late], now: Params) -> tuple[Sum, float]:
-        """(G as a sum, factor of the rate) of contributions in the order of their shards, θ being `now`, packed."""
-        weights = [(1.0 + c.staleness) ** -self.power for c in late]
-        parts = [_scaled(self._compensated(c, now), w) for c, w in zip(late, weights, strict=True)]
+    def combined(self, late: Sequence[Late | None], now: Params) -> tuple[Sum, float]:
+        """(G as a sum, factor of the rate) of contributions in the order of their shards, θ being `now`, packed; None: a rejected one."""
+        weights = [(1.0 + c.staleness) ** -self.power for c in late if c]
+        parts = [_scaled(self._current(c, now), (1.0 + c.staleness) ** -self.power) if c else None for c in late]
         while len(parts) > 1:  # the bracketing of `aggregate.Tree`
             parts = [_plus(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
+        if parts[0] is None:
+            raise ValueError(f"all {len(late)} contributions were rejected")
         return parts[0], (sum(weights) / len(weights)) ** self.damping
 
-    def _compensated(self, c: Late, now: Params) -> Sum:
-        """With λ gᵢ ∘ gᵢ ∘ (θ_now − θ_then) added to the mean gᵢ of its tasks; slots as they are."""
-        if not self.compensation or not c.staleness:
+    def _current(self, c: Late, now: Params) -> Sum:
+        """A stale sum as of `now`: what was added to slots since then (a clock, running statistics) stays added, and if there is
+        compensation, λ gᵢ ∘ gᵢ ∘ (θ_now − θ_then) is added to the mean gᵢ of its tasks.
+        """
+        if not c.staleness:
             return c.total
-        n = c.total.weight
+        n, λ = c.total.weight, self.compensation
         total = {
-            k: v + (self.compensation / n) * v * v * (now[k] - c.then[k]) if k.startswith("params/") else v
+            k: v + n * (now[k] - c.then[k]) if k.startswith("slots/") else v + (λ / n) * v * v * (now[k] - c.then[k]) if λ else v
             for k, v in c.total.total.items()
         }
         return c.total._replace(total=total)
@@ -129,6 +133,10 @@ class Flow:
     def __post_init__(self) -> None:
         self._following, self._again = self.begun.following, deque(self.begun.again)
         self._wanted = self.policy.buffer or self.batch.shards
+        if 0 < self.policy.in_flight < self._wanted:
+            raise ValueError(
+                f"policy.in_flight={self.policy.in_flight} is below the {self._wanted} shards of a step, which would never be full"
+            )
 
     def step(self, meta: Meta, state: Params, version: int) -> Step:
         begin, now = time.perf_counter(), pack(*meta)
@@ -177,11 +185,11 @@ class Flow:
     def _harvest(self, version: int) -> None:
         """Take in what has arrived."""
         for under in [u for u in self._way if u.round.done]:
-            self._way.remove(under)
             self._rejected.append(bool(under.round.rejected))
             if not under.round.rejected:
-                self._take(under)
-            elif sum(self._rejected) > max(1.0, self.policy.max_rejected * REMEMBERED):
+                self._take(under)  # if this ends the run, the shard is still under way: it will be asked for again
+            self._way.remove(under)
+            if under.round.rejected and sum(self._rejected) > max(1.0, self.policy.max_rejected * REMEMBERED):
                 raise RunStopped(
                     f"{sum(self._rejected)} of the last {len(self._rejected)} shards are not finite (more than "
                     f"{self.policy.max_rejected:.0%} of {REMEMBERED}): the run diverges; a smaller rate or gradient clipping may help"
@@ -224,8 +232,8 @@ def _scaled(total: Sum, weight: float) -> Sum:
     return Sum(tree.scale(weight, total.total), weight * total.weight, total.rows)
 
 
-def _plus(left: Sum, right: Sum | None = None) -> Sum:
-    if right is None:
-        return left
+def _plus(left: Sum | None, right: Sum | None = None) -> Sum | None:
+    if left is None or right is None:
+        return left or right
     rows = {k: torch.cat([v, right.rows[k]]) for k, v in left.rows.items()}
     return Sum(tree.add(left.total, right.total), left.weight + right.weight, rows)

@@ -129,7 +129,7 @@ class Checkpoints:
         make_folder(self.folder)
         path = self._path(state.iteration)
         write_atomically(path, encode(state))
-        for old in self._all()[self.keep :]:
+        for old in [p for p in self._all() if p.name <= path.name][self.keep :]:  # one that is newer was skipped as damaged
             remove(old)
         return path
 

@@ -45,9 +45,10 @@ class Driver:
     def __init__(self, recipe: Recipe, params: Params, pool: Pool, directory: str | Place, *, iterations: int, meta_batch: int,
                  shard: int, policy: Policy = policies.DEFAULT, checkpoint: Checkpointing | None = None,
                  evaluation: Evaluation | None = None, allow_mixed_fleet: bool = False, lease: Lease | None = None,
-                 prometheus_port: int = 0, hparams: dict[str, object] | None = None,
+                 prometheus_port: int = 0, hparams: dict[str, object] | None = None, begin: Meta | None = None,
                  interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
-        """`lease`: one on the directory that the caller holds; without it the driver takes its own. `prometheus_port`: where to
+        """`lease`: one on the directory that the caller holds; without it the driver takes its own. `begin`: what another run learned,
+        to go on from. `prometheus_port`: where to
         serve the metrics; 0: nowhere.
         """
         if iterations < 0 or shard < 1 or meta_batch < 1 or meta_batch % shard:
@@ -61,7 +62,10 @@ class Driver:
         self.checkpoints = Checkpoints(self.directory / "checkpoints", self.checkpoint.keep)
         self.iteration = 0
         set_up_torch(recipe.threads, "cpu")  # its own work is sums and steps: a head node needs no GPU
-        self.meta, self.state = initial(recipe, params)
+        self.meta, self.state = initial(recipe, params, begin)
+        if recipe.compression != "none" and self.meta.slots:
+            names = ", ".join(list(self.meta.slots)[:3])
+            raise ValueError(f"compression={recipe.compression!r} would round what the run carries on ({names}): 'none' wanted")
         self.workers: dict[str, str] = {}
         self.nodes: dict[str, str] = {}
         self._best: dict[str, float] = {}
@@ -85,6 +89,7 @@ class Driver:
                     self.iterate()
                 self._collect(wait=True)
                 self.dispatcher.abandon()  # what an asynchronous policy still has under way
+                self.journal.sync()
                 self._save_last()
                 self._finish()
             except (KeyboardInterrupt, RunStopped) as stop:
@@ -108,8 +113,11 @@ class Driver:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. A disk that cannot take it is a warning: the last good one stays, and we try again."""
+        """Write a checkpoint. A disk that cannot take it is a warning: the last good one stays, and we try again; one that cannot take the
+        journal ends the run (OSError).
+        """
         self._saved_at = time.monotonic()
+        self.journal.sync()
         try:
             self._save(self._snapshot())
         except OSError as error:
@@ -144,7 +152,7 @@ class Driver:
         stack.callback(self.mirror.close)
         self.monitor = Monitor(self.mirror.local, self.iteration, self.iterations, prometheus_port=self._prometheus_port)
         stack.callback(self.monitor.close)
-        if restored and restored.evaluation_due:
+        if restored and restored.evaluation_due and self.evaluation.validation_tasks:
             self._evaluate()
         self._status("running", now=True)
 
@@ -222,6 +230,7 @@ class Driver:
         due = replace(self._pending.state, evaluation_due=True) if self._pending else self._snapshot()
         self._pending = None
         self._status(state, now=True)
+        self.journal.sync()
         self._save_last(due)
         self.monitor.message(f"checkpoint at iteration {due.iteration} in {self.directory}; `metafleet resume` goes on from there")
 
@@ -232,7 +241,6 @@ class Driver:
 
     def _save(self, state: State) -> None:
         self.lease.check()
-        self.journal.sync()
         self.checkpoints.save(state)
 
     def _snapshot(self) -> State:
@@ -267,14 +275,23 @@ class Driver:
                 raise RunStopped(f"{who} has {', '.join(different)}: results would depend on who computes what (--allow-mixed-fleet)")
 
 
-def initial(recipe: Recipe, params: Params) -> tuple[Meta, Params]:
-    """θ₀ and the outer step's first state, from a model's initial parameters."""
+def initial(recipe: Recipe, params: Params, begin: Meta | None = None) -> tuple[Meta, Params]:
+    """θ₀ and the outer step's first state, from a model's initial parameters; or as far as names and shapes agree with what another run
+    learned, `begin`: its θ, rates and running statistics, but not the learner's own slots (clocks, moments).
+    """
     cast = getattr(torch, recipe.dtype)
     params = tree.apply(lambda v: v.detach().to("cpu", cast), params)
     meta = recipe.learner.init(params, seeds.generator(recipe.seed, "none", 0, "init"))
     slots = tree.apply(lambda v: v.to("cpu", cast), recipe.objective.slots())
+    if begin:
+        slots = _taken(slots, begin.slots)
+        meta = Meta(_taken(meta.params, begin.params), meta.slots)
     meta = Meta(meta.params, slots | meta.slots)
     return meta, recipe.outer.init(meta)
+
+
+def _taken(ours: Params, theirs: Params) -> Params:
+    return {k: theirs[k].to("cpu", v.dtype) if k in theirs and theirs[k].shape == v.shape else v for k, v in ours.items()}
 
 
 def identity(recipe: Recipe, meta: Meta, meta_batch: int, shard: int) -> dict[str, Any]:

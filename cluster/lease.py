@@ -16,6 +16,8 @@ from cluster.storage import Place, children, create, make_folder, write_atomical
 
 log = logging.getLogger("metafleet")
 
+LOOKS_EVERY = 1.0  # seconds between looks for a later attempt, where many writes follow each other
+
 
 class Fenced(RuntimeError):
     """Another driver took this run over; this one must not write any more."""
@@ -53,9 +55,9 @@ class Lease:
             self._try_write(0.0)
 
     def check(self, always: bool = True) -> None:
-        """Raise Fenced where a later attempt exists. Without `always`, look at most once a second."""
+        """Raise Fenced where a later attempt exists. Without `always`, look every LOOKS_EVERY seconds."""
         now = time.monotonic()
-        if not always and now - self._checked < 1.0:
+        if not always and now - self._checked < LOOKS_EVERY:
             return
         self._checked = now
         if self._highest() > self.attempt:
@@ -63,18 +65,20 @@ class Lease:
 
     def _acquire(self, take_over: bool) -> None:
         highest = self._highest()
-        if highest and not take_over:
-            holder = self._holder(highest)
-            if holder and _alive(holder, self.FRESH):
-                raise BlockingIOError(
-                    f"{self.folder.parent} is in use by process {holder['pid']} on {holder['host']} (attempt {highest}); "
-                    "wait for it, or use --take-over if it is gone"
-                )
+        holder = self._holder(highest) if highest else {}
+        alive = bool(holder) and _alive(holder, self.FRESH)
+        if alive and not take_over:
+            raise BlockingIOError(
+                f"{self.folder.parent} is in use by process {holder['pid']} on {holder['host']} (attempt {highest}); "
+                "wait for it, or use --take-over if it is gone"
+            )
         self.attempt = highest + 1
         try:
             create(self._path(self.attempt), _owner(time.time()))
         except FileExistsError as error:
             raise BlockingIOError(f"{self.folder.parent} was just taken by another driver") from error
+        if alive:  # which may write until it looks again
+            time.sleep(LOOKS_EVERY + 0.2)
 
     def _renew(self) -> None:
         while not self._stopped.wait(self.RENEW):

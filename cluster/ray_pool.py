@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import ray_fleet, wire
+from cluster.dispatch import RunStopped
 from cluster.experience import IN_FLIGHT, Experience
 from cluster.messages import Assignment, Broadcast, Contribution, Event, Failure, FleetEvent
 from cluster.policies import Deadlines
@@ -108,6 +109,7 @@ class RayPool:
         self._losses = 0
         self._respawn: list[float] = []
         self._ready_at = time.monotonic()  # when some worker was last seen ready
+        self._began = False  # whether some worker was ever ready
         self._sent: dict[str, Any] = {}
         self._straggler = straggler
         for _ in range(workers):
@@ -175,20 +177,21 @@ class RayPool:
         """Take in a new actor once it answers, after sending it the data files that its node lacks."""
         if actor.hello not in done:
             if time.monotonic() - self._ready_at > START_SECONDS:
-                raise TimeoutError(
-                    f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}"
-                )
+                text = f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}"
+                raise RunStopped(text) if self._began else TimeoutError(text)
             return
         try:
             actor.where, facts, theirs = ray.get(actor.hello)
             missing = [file for file, version in self._files.items() if theirs.get(file) != version]
             ray.get([actor.handle.install.remote(file, self._file(file)) for file in missing], timeout=FETCH_SECONDS)
         except RayTaskError as error:
-            raise RuntimeError(f"worker {actor.name} could not start: {cause(error)}") from error
+            if not self._began:
+                raise RuntimeError(f"worker {actor.name} could not start: {cause(error)}") from error
+            self._lose(actor, "error", f"could not start: {cause(error)}")  # this node's trouble, not the run's
         except RayError as error:
             self._lose(actor, "died", cause(error))
         else:
-            actor.ready = True
+            actor.ready = self._began = True
             self._events.append(FleetEvent("joined", actor.name, actor.where, facts))
 
     def _file(self, file: str) -> Any:

@@ -22,8 +22,8 @@ class Applied:
     """One step of a run, as its journal has it."""
 
     version: int
-    shards: list[tuple[str, int, int]]
-    """(split, start, stop) of every contribution, in the order of summation."""
+    shards: list[tuple[str, int, int] | None]
+    """(split, start, stop) of every contribution, in the order of summation; None: one that was rejected, and left its place empty."""
     staleness: list[int]
     theta: str
     """Hash of θ after the step."""
@@ -37,9 +37,11 @@ def steps(path: Place) -> list[Applied]:
     found: list[Applied] = []
     ranges: dict[int, tuple[str, int, int]] = {}
     rejected: set[int] = set()
+    batch = 0
     for record in journal.read(path):
         if record["kind"] == "attempt":
             found = found[: record["iteration"]]
+            batch = record.get("meta_batch", 0) // max(1, record.get("shard", 1))
         elif record["kind"] == "dispatch":
             if record["verb"] != "gradient":
                 raise ValueError(f"{path} is of an outer step of several rounds: replay is for those of one (train again instead)")
@@ -47,35 +49,46 @@ def steps(path: Place) -> list[Applied]:
         elif record["kind"] in ("reject", "quarantine"):
             rejected.add(record["ticket"])
         elif record["kind"] == "apply":
-            found.append(_applied(record, ranges, rejected))
+            found.append(_applied(record, ranges, rejected, batch))
     for expected, step in enumerate(found, 1):
         if step.version != expected:
             raise ValueError(f"{path} has step {step.version} where step {expected} is wanted: it does not begin with the run")
     return found
 
 
-def _applied(record: dict[str, Any], ranges: dict[int, tuple[str, int, int]], rejected: set[int]) -> Applied:
+def _applied(record: dict[str, Any], ranges: dict[int, tuple[str, int, int]], rejected: set[int], batch: int) -> Applied:
     tickets = [t for t in record["tickets"] if t not in rejected]
     staleness = record.get("staleness", [0] * len(tickets))
     if len(staleness) != len(tickets) or not ranges.keys() >= set(tickets) or max(staleness, default=0) >= record["version"]:
         raise ValueError(f"step {record['version']} of the journal names what it does not have: tickets {tickets}, staleness {staleness}")
-    return Applied(record["version"], [ranges[t] for t in tickets], staleness, record["theta"])
+    shards: list[tuple[str, int, int] | None] = [ranges[t] for t in tickets]
+    if "staleness" not in record and len(shards) < batch:  # a synchronous step, of which some were rejected
+        shards = _placed([ranges[t] for t in tickets], batch)
+        staleness = [0] * batch
+    return Applied(record["version"], shards, staleness, record["theta"])
 
 
-def replay(recipe: Recipe, params: Params, policy: Policy, applied: list[Applied]) -> Iterator[tuple[int, Meta]]:
+def _placed(shards: list[tuple[str, int, int]], batch: int) -> list[tuple[str, int, int] | None]:
+    places: list[tuple[str, int, int] | None] = [None] * batch
+    for split, start, stop in shards:
+        places[start // (stop - start) % batch] = split, start, stop
+    return places
+
+
+def replay(recipe: Recipe, params: Params, policy: Policy, applied: list[Applied], begin: Meta | None = None) -> Iterator[tuple[int, Meta]]:
     """(version, θ) after every step, each checked against the journal's hash; RuntimeError where they part."""
     outer, combine = recipe.outer, policy if isinstance(policy, Asynchronous) else Asynchronous()
     if not isinstance(outer, OneRound):
         raise ValueError(f"replay is for outer steps of one round, {type(outer).__name__} takes several")
     worker = Worker(recipe, "replay")
-    meta, state = initial(recipe, params)
+    meta, state = initial(recipe, params, begin)
     oldest_used = _oldest_used(applied)
     before: dict[int, Params] = {}
     for step, oldest in zip(applied, oldest_used, strict=True):
         now = step.version - 1
         before[now] = pack(*meta)
         late = [
-            Late(_contribution(worker, before[now - s], now - s, shard, oldest), s, before[now - s])
+            Late(_contribution(worker, before[now - s], now - s, shard, oldest), s, before[now - s]) if shard else None
             for shard, s in zip(step.shards, step.staleness, strict=True)
         ]
         total, factor = combine.combined(late, before[now])

@@ -31,7 +31,7 @@ from cluster.storage import Place, make_folder, place, write_atomically
 from cluster.tables import flat, to_table
 from cluster.worker import environment, set_up_torch
 from envs.data_free import DataFree
-from learners.base import HasRates, Learner, Params
+from learners.base import HasRates, Learner, Meta, Params
 from learners.objectives import NormMode
 from learners.purer.outer import Purer
 
@@ -65,14 +65,12 @@ def train(run: Run, directory: Place, *, take_over: bool = False) -> None:
         with Lease(directory).held(take_over) as lease:
             run, begun = prepared(run, directory)
             parts, params = assemble.recipe(run)
-            if not begun:
-                params = _beginning(run, params)
             with assemble.pool(run, parts) as pool, _signals(received):  # signals last: joining Ray sets handlers of its own
                 Driver(
                     parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
                     policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation, lease=lease,
                     allow_mixed_fleet=run.allow_mixed_fleet, prometheus_port=run.prometheus_port, interrupted=lambda: bool(received),
-                    hparams=flat(to_table(run)),
+                    hparams=flat(to_table(run)), begin=None if begun else _beginning(run, params),
                 ).run()  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*received) from None
@@ -195,12 +193,11 @@ def replay(directory: Place) -> str:
     run = config.load(str(configuration(directory)))
     run.task.prepare()
     parts, params = assemble.recipe(run)
-    params = _beginning(run, params)
     set_up_torch(run.threads, run.device)
     applied = steps(directory / "journal")
     if not applied:
         raise ValueError(f"{directory} has a journal without a single step")
-    for _, meta in track(replayed(parts, params, run.policy, applied), "replay", len(applied), transient=True):
+    for _, meta in track(replayed(parts, params, run.policy, applied, _beginning(run, params)), "replay", len(applied), transient=True):
         theta = digest(meta)
     checkpoint = chosen(directory, "newest")
     same = checkpoint.iteration != len(applied) or digest(checkpoint.meta) == theta
@@ -317,12 +314,12 @@ def _warn_of_schedule(run: Run) -> None:
         )
 
 
-def _beginning(run: Run, params: Params) -> Params:
-    """θ₀: `params`, or that of the run that this one begins from, if it has their names and shapes."""
+def _beginning(run: Run, params: Params) -> Meta | None:
+    """What the run learned that this one begins from, if it has the names and shapes of `params`; None where it begins anew."""
     if not run.init_from:
-        return params
-    given = chosen(place(run.init_from), run.evaluation.checkpoint).meta.params
-    wrong = [k for k, v in params.items() if k not in given or given[k].shape != v.shape]
+        return None
+    meta = chosen(place(run.init_from), run.evaluation.checkpoint).meta
+    wrong = [k for k, v in params.items() if k not in meta.params or meta.params[k].shape != v.shape]
     if wrong:
         raise ValueError(f"init_from={run.init_from}: its model has no parameter {wrong[0]} of shape {tuple(params[wrong[0]].shape)}")
-    return {k: given[k] for k in params}
+    return meta

@@ -180,7 +180,9 @@ def decode(message: bytes) -> Any:
 
 
 def pack_array(array: NDArray[Any]) -> Packed:
-    """An array as plain msgpack values."""
+    """An array as plain msgpack values. Raises ValueError for a dtype that `unpack_array` would refuse."""
+    if array.dtype.str not in DTYPES:
+        raise ValueError(f"an array of dtype {array.dtype} was to be written, wanted one of {', '.join(DTYPES)}")
     return {"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()}
 
 

@@ -48,7 +48,8 @@ class GymnasiumWorld:
             if not moving[i]:
                 continue
             space = copy.action_space
-            observation, reward, terminated, truncated, _ = copy.step(np.clip(action, space.low, space.high).astype(space.dtype))
+            action = np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+            observation, reward, terminated, truncated, _ = copy.step(action)
             self._seen[i] = np.asarray(observation, np.float64).reshape(-1)
             rewards[i], over[i] = reward, terminated or truncated
         return self._seen.reshape(*self._shape, -1).copy(), rewards.reshape(self._shape), over.reshape(self._shape)

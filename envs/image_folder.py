@@ -38,17 +38,20 @@ class ImageFolder:
     size: int = 84
     """Height and width in pixels."""
 
+    def __post_init__(self) -> None:
+        if self.folder:  # once, where the run is configured: workers may have another home and another working directory
+            object.__setattr__(self, "folder", str(Path(self.folder).expanduser().absolute()))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return (3, self.size, self.size)
 
     @property
     def _name(self) -> str:
-        path = str(Path(self.folder).expanduser().resolve())
-        return f"images-{hashlib.sha256(path.encode()).hexdigest()[:12]}-{self.size}"
+        return f"images-{hashlib.sha256(self.folder.encode()).hexdigest()[:12]}-{self.size}"
 
     def prepare(self) -> None:
-        path = Path(self.folder).expanduser()
+        path = Path(self.folder)
         if not self.folder or not path.exists():
             raise FileNotFoundError(f"task.source.folder={self.folder!r} does not exist: a folder or a zip of images is wanted")
         fingerprint = _fingerprint(path)
@@ -74,6 +77,10 @@ class ImageFolder:
         for split, classes in by_split.items():
             splits[split] = list(range(len(names), len(names) + len(classes)))
             for label in sorted(classes):
+                if not classes[label]:
+                    raise ValueError(
+                        f"{path}: class {label} of the {split} split has no image ({', '.join(SUFFIXES)}) directly in its folder"
+                    )
                 images += [_image(file, self.size) for file in classes[label]]
                 names.append(label)
                 starts.append(len(images))
@@ -83,7 +90,7 @@ class ImageFolder:
 def _fingerprint(path: Path) -> str:
     """Changes with any file's name, size or time."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    seen = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+    seen = "".join(f"{f.relative_to(path.parent)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
     return hashlib.sha256(seen.encode()).hexdigest()
 
 
@@ -104,7 +111,7 @@ def _listed(root: Root) -> dict[str, dict[str, list[Root]]]:
 
 def _text(file: Root) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not readable ({error})") from error
 
@@ -127,6 +134,8 @@ def _image(file: Root, size: int) -> NDArray[np.uint8]:
         if len(content) > LARGEST_IMAGE:
             raise ValueError(f"{file} is larger than {LARGEST_IMAGE} bytes")
         with Image.open(io.BytesIO(content)) as image:
+            if image.mode.startswith(("I", "F")):  # converting would cut values off at 255
+                raise ValueError(f"{file} has pixels of mode {image.mode}: 8 bits per channel wanted")
             pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
     except (UnidentifiedImageError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error, KeyError, OSError) as error:
         raise ValueError(f"{file} is not a readable image ({error})") from error

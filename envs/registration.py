@@ -92,6 +92,8 @@ class TaskVectorEnv(_Tasks, VectorEnv[Any, Any, Any]):
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if "reset_mask" in (options or {}):
             raise ValueError("reset_mask: these environments are reset together")
+        if "task" in (options or {}):
+            self._tasks = [(options or {})["task"]] * self.num_envs
         seeds = list(seed) if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
         if seed is not None or not self._rngs:  # else the generators go on, as a single environment's does
             self._rngs = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]

@@ -26,6 +26,9 @@ CARRIED = "carry/"
 GROUP = "group"
 """Name of the array and the row that say of which kind a task is."""
 
+SEED = "rollout/seed"
+"""Name of the array that an RL task's random numbers follow from; tasks' own arrays are named otherwise."""
+
 
 class Meta(NamedTuple):
     """θ and what travels beside it.

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from envs.base import Arrays
 from learners import policy_gradient, tree
-from learners.base import GROUP, Data, Learner, Meta, Metrics, Params
+from learners.base import GROUP, SEED, Data, Learner, Meta, Metrics, Params
 from learners.derivative import differentiate
 from learners.inner import partition
 from learners.models import Functional
@@ -35,6 +35,7 @@ class Rollouts(Protocol):
 EXPLORATION = "exploration"
 TRACED = 4  # shapes
 RUNNING = ("mean", "square", "weight")
+LEAST_DEVIATION = 1e-3  # of returns, relative to their mean, that is no rounding
 FOLLOW = 0.1  # of the way to this iteration's returns: how the baseline of the exploration term moves
 
 
@@ -78,8 +79,9 @@ class Control:
         weight = seen["weight"].clamp(min=policy_gradient.EPS)
         mean = seen["mean"] / weight
         deviation = (seen["square"] / weight - mean**2).clamp(min=0).sqrt()
-        # Nothing is known before the first iteration, and then nobody is credited.
-        standard = (data["return"][-1] - mean) / (deviation + policy_gradient.EPS) * (seen["weight"] > 0)
+        # Where nothing is known yet, or all returns were equal so far, nobody is credited.
+        known = (seen["weight"] > 0) & (deviation > LEAST_DEVIATION * mean.abs())
+        standard = (data["return"][-1] - mean) / (deviation + policy_gradient.EPS) * known
         log_p = policy_gradient.log_prob(self.policy(theta, data["observations"][0]), data["actions"][0])
         return -self.exploration * standard * policy_gradient.masked_mean(log_p, data["mask"][0])
 
@@ -129,7 +131,7 @@ class Control:
         Each task's own φ_k, its own generator. A learner's `path` is lazy: φ_{k+1} is computed from index k after it is filled.
         """
         arrays = {k: v.cpu().numpy() for k, v in tasks.items()}
-        rngs = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in arrays.pop("seed")]
+        rngs = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in arrays.pop(SEED)]
         lived: list[Data] = [{} for _ in rngs]
         paths = [learner.path(meta, self, data, steps) for data in lived]
         thetas: list[Params] = []
@@ -168,10 +170,10 @@ class Control:
         def act(which: Array, observations: Array, noise: Array) -> Array:
             weights = stacked if len(which) == len(whole) else {k: v[torch.from_numpy(which)] for k, v in stacked.items()}
             like = next(iter(weights.values()))
-            x = torch.from_numpy(np.ascontiguousarray(observations)).to(like)
+            x = torch.from_numpy(np.ascontiguousarray(observations)).to(like, copy=True)  # torch's own memory: alignment decides bits
             with torch.no_grad():
                 mean, log_std = self._batched(weights, x).chunk(2, -1)
-                actions = mean + torch.exp(log_std) * torch.from_numpy(np.ascontiguousarray(noise)).to(like)
+                actions = mean + torch.exp(log_std) * torch.from_numpy(np.ascontiguousarray(noise)).to(like, copy=True)
             result: Array = actions.cpu().numpy()
             return result
 
@@ -197,7 +199,10 @@ class Control:
         """Fill index k of one task's data."""
         processed = self._processed(sampled)
         like = next(iter(phi.values()))
-        new = {name: torch.from_numpy(v).to(like.device, like.dtype if v.dtype.kind == "f" else None) for name, v in processed.items()}
+        new = {
+            name: torch.from_numpy(v).to(like.device, like.dtype if v.dtype.kind == "f" else None, copy=True)
+            for name, v in processed.items()
+        }
         with torch.no_grad():
             new["old"] = self.policy(phi, new["observations"])
             new["old_log_p"] = policy_gradient.log_prob(new["old"], new["actions"])

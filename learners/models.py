@@ -20,7 +20,7 @@ from learners.derivative import transformed
 
 log = logging.getLogger("metafleet")
 
-_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 _STATEFUL = (nn.RNNBase, nn.modules.lazy.LazyModuleMixin)
 
 
@@ -133,7 +133,7 @@ def functional(module: nn.Module) -> Functional:
         module = nn.Sequential(module)
     replaced = kernels.specialise(module)
     for name, layer in module.named_modules():
-        if isinstance(layer, _RANDOM):
+        if isinstance(layer, _RANDOM) or (isinstance(layer, nn.MultiheadAttention) and layer.dropout):
             raise ValueError(
                 f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its mask in the task's data"
             )

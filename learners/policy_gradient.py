@@ -72,7 +72,7 @@ def inner_loss(kind: InnerLoss, log_p: Tensor, old_log_p: Tensor, data: dict[str
     log_likelihood     −mean log π(a|s) · A   (REINFORCE, as in the MAML paper)
     likelihood_ratio   −mean π(a|s)/π_old(a|s) · A   (the same gradient at π_old; a curvature of lower variance: Rothfuss
                        et al. 2019, and the importance weight that a candidate θ needs)
-    dice               −mean (D_t − D_{t−1}) · A,  D_t = Π_{s ≤ t} π/⊥π  within each episode (Foerster et al. 2018, with
+    dice               −mean (D_t − D_{t−1}) · A,  D_t = Π_{s ≤ t} π/π_old  within each episode (Foerster et al. 2018, with
                        advantages as in Farquhar et al. 2019): where A are returns to go, unbiased to all orders
     """
     mask, advantage = data["mask"], data["advantages"]
@@ -81,11 +81,10 @@ def inner_loss(kind: InnerLoss, log_p: Tensor, old_log_p: Tensor, data: dict[str
     elif kind == "likelihood_ratio":
         weighted = torch.exp(log_p - old_log_p) * advantage
     else:
-        total = torch.cumsum(log_p * mask, 0)
-        before = total - log_p * mask
-        within = total - before[data["first"]]
-        earlier = within - log_p * mask
-        weighted = (torch.exp(within - within.detach()) - torch.exp(earlier - earlier.detach())) * advantage
+        ratio = (log_p - old_log_p) * mask
+        total = torch.cumsum(ratio, 0)
+        within = total - (total - ratio)[data["first"]]
+        weighted = (torch.exp(within) - torch.exp(within - ratio)) * advantage
     return -masked_mean(weighted, mask)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from envs.base import Arrays
-from learners.base import GROUP, Data, Learner, Metrics, Objective, Params, Records, Share, Verb, Verbs, pack, unpack
+from learners.base import GROUP, SEED, Data, Learner, Metrics, Objective, Params, Records, Share, Verb, Verbs, pack, unpack
 from learners.objectives import Supervised
 from learners.robustness import Robustness
 from learners.robustness import verb as robust
@@ -52,7 +52,7 @@ def _recorded(learner: Learner, objective: RecordingObjective, evaluation_steps:
 
     def of(acting: Learner, steps: int, testing: bool) -> dict[str, Any]:
         def draw(data: Arrays, rng: np.random.Generator) -> Arrays:
-            return acting.draw(data, rng, steps) | {"seed": np.asarray(rng.integers(2**62))}
+            return acting.draw(data, rng, steps) | {SEED: np.asarray(rng.integers(2**62))}
 
         def record(at: Params, data: Data) -> Data:
             return objective.record(acting, unpack(at), data, steps, testing=testing)

@@ -23,6 +23,7 @@ from cluster.pool import LocalPool, Pool
 from cluster.replay import replay, steps
 from cluster.worker import Recipe
 from learners.base import Meta
+from learners.maml_plus_plus import MAMLPlusPlus
 from learners.outer import Descent
 from learners.trust_region import TrustRegion
 from tests.fakes import Noisy, ScriptedPool, SleepyPool, quadratic_recipe, start
@@ -59,8 +60,10 @@ class LatePool(LocalPool):
         return events
 
 
-def run(recipe: Recipe, directory: Path, policy: Policy, pool: Pool | None = None, iterations: int = 8, **options) -> Meta:
-    return Driver(recipe, start(), pool or LocalPool(recipe), directory, iterations=iterations, meta_batch=6, shard=2,
+def run(
+    recipe: Recipe, directory: Path, policy: Policy, pool: Pool | None = None, iterations: int = 8, meta_batch: int = 6, **options
+) -> Meta:
+    return Driver(recipe, start(), pool or LocalPool(recipe), directory, iterations=iterations, meta_batch=meta_batch, shard=2,
                   evaluation=FEW, policy=policy, **options).run()  # fmt: skip
 
 
@@ -100,6 +103,20 @@ def test_stale_contributions_are_weighed_and_compensated_by_the_formula(tmp_path
     torch.testing.assert_close(meta.params["theta"], thetas[-1], rtol=1e-10, atol=1e-12)
 
 
+def test_a_clock_in_the_slots_goes_on_by_one_a_step_however_late_contributions_are(tmp_path: Path) -> None:
+    recipe = quadratic_recipe(outer=Descent(), learner=MAMLPlusPlus(0.05, 1))
+    meta = run(recipe, tmp_path, Asynchronous(buffer=1), LatePool(recipe, 5), iterations=20)
+    assert max(s for step in steps(tmp_path / "journal") for s in step.staleness) >= 2
+    assert float(meta.slots["clock"]) == 20
+    *_, (_, again) = replay(recipe, start(), Asynchronous(buffer=1), steps(tmp_path / "journal"))
+    assert digest(again) == digest(meta)
+
+
+def test_fewer_in_flight_than_a_step_wants_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="in_flight=2 is below the 3 shards of a step"):
+        run(quadratic_recipe(outer=SGD), tmp_path, Asynchronous(in_flight=2))
+
+
 def test_adam_is_slowed_by_staleness_although_it_cancels_scale(tmp_path: Path) -> None:
     recipe = quadratic_recipe(outer=Descent(lr=0.05))
     moved = {}
@@ -136,7 +153,7 @@ def balanced(directory: Path) -> dict[str, int]:
 
 def applied_shards(directory: Path) -> list[int]:
     """First tasks of the shards in θ, in no order."""
-    return [first for step in steps(directory / "journal") for _, first, _ in step.shards]
+    return [first for step in steps(directory / "journal") for _, first, _ in filter(None, step.shards)]
 
 
 def test_what_is_too_stale_is_dropped_and_asked_for_again(tmp_path: Path) -> None:
@@ -201,7 +218,8 @@ def test_a_shard_that_kills_three_workers_is_quarantined_and_the_run_goes_on(tmp
     def script(answer: Contribution) -> list[Event]:
         return [Failure(1, answer.attempt, f"w{answer.attempt}", "died", "out of memory")] if answer.ticket == 1 else [answer]
 
-    meta = run(recipe, tmp_path, policy, ScriptedPool(recipe, script), iterations=4)
+    # Four shards: without the second, the sum of the others is bracketed x₀ + (x₂ + x₃).
+    meta = run(recipe, tmp_path, policy, ScriptedPool(recipe, script), iterations=4, meta_batch=8)
     assert balanced(tmp_path)["quarantined"] == 1
     (record,) = [r for r in journal.read(tmp_path / "journal") if r["kind"] == "quarantine"]
     assert (record["start"], record["stop"]) == (2, 4)

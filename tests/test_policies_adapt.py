@@ -99,6 +99,20 @@ def test_the_guard_checks_policies(learner: str, outer: str) -> None:
     assert "mean over tasks" in verdict.sentence
 
 
+def test_the_guard_checks_dice() -> None:
+    run = small()
+    verdict = guard.check(replace(run, control=replace(run.control, inner_loss="dice"), outer=replace(run.outer, curvature_every=1)))
+    assert verdict.holds, verdict.sentence
+
+
+def test_the_guard_would_find_a_wrong_exploration_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small()
+    run = replace(run, control=replace(run.control, inner_loss="likelihood_ratio", exploration=0.3))
+    real = Control.before
+    monkeypatch.setattr(Control, "before", lambda self, theta, data: real(self, tree.apply(torch.Tensor.detach, theta), data))
+    assert not guard.check(run).holds
+
+
 @pytest.mark.parametrize("outer", ["trust_region", "promp"])
 @pytest.mark.parametrize("learner", ["reptile", "maml_plus_plus", "imaml"])
 def test_outer_steps_about_the_adapted_loss_refuse_learners_that_descend_something_else(learner: str, outer: str) -> None:

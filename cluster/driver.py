@@ -63,6 +63,10 @@ class Driver:
         self.iteration = 0
         set_up_torch(recipe.threads, "cpu")  # its own work is sums and steps: a head node needs no GPU
         self.meta, self.state = initial(recipe, params, begin)
+        if getattr(recipe.outer, "schedule", "constant") != "constant" and not getattr(recipe.outer, "horizon", 0):
+            log.warning(
+                "outer.schedule has no horizon, at which it ends (the command line takes the run's iterations): the rate stays as it is"
+            )
         if recipe.compression != "none" and self.meta.slots:
             names = ", ".join(list(self.meta.slots)[:3])
             raise ValueError(f"compression={recipe.compression!r} would round what the run carries on ({names}): 'none' wanted")

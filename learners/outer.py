@@ -50,8 +50,6 @@ class Descent:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more wanted")
 
     def init(self, meta: Meta) -> Params:
-        if self.schedule != "constant" and not self.horizon:
-            raise ValueError(f"schedule={self.schedule!r} wants a horizon, the run's iterations (which the command line fills in)")
         optimiser = self._optimiser().init(meta.params)
         return {"step": torch.zeros((), dtype=torch.float64)} | tree.with_prefix("optimizer", optimiser)
 

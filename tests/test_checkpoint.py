@@ -95,6 +95,15 @@ def test_only_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         checkpoints.at(1)
 
 
+def test_what_is_newer_and_damaged_takes_no_good_ones_place(tmp_path: Path) -> None:
+    (tmp_path / "0000000009.ckpt").write_bytes(b"damaged")
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for i in (4, 5):
+        checkpoints.save(state(i))
+    assert checkpoints.newest().iteration == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000000005.ckpt", "0000000009.ckpt"]
+
+
 def test_a_write_that_fails_half_way_leaves_the_last_good_one_and_no_litter(tmp_path: Path) -> None:
     """A real limit on file size, as a full disk would: the write fails after some bytes."""
     program = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster import cli
+from cluster import cli, config, session
 from cluster.checkpoint import Checkpoints
 from cluster.driver import digest
 from tests.commands import TINY, metafleet, refusal
@@ -131,6 +133,30 @@ def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(tmp_pa
     assert "is not a comparison" in refusal(capsys, "compare", "sinusoid")
 
 
+def test_results_of_fewer_iterations_do_not_outlive_a_resume(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "r")
+    run = config.load(str(tmp_path / "r" / "run.toml"))
+    session.prepared(run, tmp_path / "r")
+    assert (tmp_path / "r" / "evaluation.json").exists()
+    session.prepared(replace(run, iterations=9), tmp_path / "r")
+    assert not (tmp_path / "r" / "evaluation.json").exists()
+
+
+def test_a_changed_comparison_does_not_take_old_results_for_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(COMPARISON)
+    words = ["compare", str(tmp_path / "c.toml"), "--dir", str(tmp_path / "c"), "--pool", "local"]
+    metafleet(*words)
+    (tmp_path / "c.toml").write_text(COMPARISON + "learner.inner_lr = 0.5\n")
+    assert "learner.inner_lr was 0.01 when this run began and is 0.5 now" in refusal(capsys, *words)
+
+
+def test_another_choice_leaves_the_tables_of_the_old_one_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    metafleet("show", "data-free-glyphs", "--learner.name", "proto_net")
+    output = capsys.readouterr().out
+    assert 'name = "proto_net"' in output
+    assert "inversion_steps" not in output
+
+
 def test_list_show_and_every_help_page(capsys: pytest.CaptureFixture[str]) -> None:
     metafleet("list")
     output = capsys.readouterr().out
@@ -202,6 +228,15 @@ def test_resuming_says_when_nothing_is_left_to_do_or_the_schedule_is_over(tmp_pa
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "run.toml").write_text((tmp_path / "r" / "run.toml").read_text().replace("seed = 0", "seed = 5"))
     metafleet("train", "sinusoid", "--dir", str(tmp_path / "s"), *TINY)
+
+
+def test_learned_rates_go_along_with_theta(tmp_path: Path) -> None:
+    words = ["train", "sinusoid", "--learner.name", "meta_sgd", *TINY]
+    metafleet(*words, "--dir", str(tmp_path / "a"))
+    metafleet(*words, "--dir", str(tmp_path / "b"), "--init-from", str(tmp_path / "a"), "--outer.lr", "0.0", "--seed", "3")
+    ends = [Checkpoints(tmp_path / d / "checkpoints").newest().meta for d in "ab"]
+    assert any(k.startswith("alpha/") for k in ends[0].params)
+    assert digest(ends[0]) == digest(ends[1])
 
 
 def test_a_run_starts_from_the_theta_of_another(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import assemble, config, guard, school, teachers, wire
+from cluster import assemble, config, guard, school, session, teachers, wire
 from cluster.aggregate import is_finite
 from cluster.checkpoint import Checkpoints
 from cluster.config import Run
@@ -279,6 +279,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pool_folder: Path, tmp_path: Pat
     assert resumed
     assert "images" in resumed.outer
     assert bits(trained(run, tmp_path / "halves")) == wanted
+
+
+def test_the_command_that_began_a_run_goes_on_with_it(pool_folder: Path, tmp_path: Path) -> None:
+    run = data_free(pool_folder)
+    asked = replace(run.task, teachers=0, teacher_ways=0, mean=(), std=())  # as a preset has it: what the teachers say is not known yet
+    few = Evaluation(every=3, validation_tasks=2, tasks=2, steps=1, pictures=0)
+    run = replace(run, task=asked, outer=replace(run.outer, teachers=0), evaluation=few, execution="auto")
+    for iterations in (2, 3):
+        session.train(replace(run, iterations=iterations), tmp_path / "r")
+        assert Checkpoints(tmp_path / "r" / "checkpoints").newest().iteration == iterations
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def test_a_folder_per_class_and_the_csv_layout_hold_the_same_images(tmp_path: Pa
             for file in sorted((tmp_path / "folders" / split).rglob("*.png")):
                 z.write(file, f"images/{file.parent.name}_{file.name}")
                 rows.append(f"{file.parent.name}_{file.name},{file.parent.name}")
-            z.writestr(f"{split}.csv", "\n".join(rows))
+            z.writestr(f"{split}.csv", "\ufeff" * (split == "val") + "\n".join(rows))  # as a spreadsheet writes it
     loaded = []
     for path in (tmp_path / "folders", tmp_path / "listed.zip"):
         source = ImageFolder(folder=str(path), size=16)
@@ -264,6 +264,23 @@ def test_a_corrupt_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ImageFolder(folder=str(tmp_path / "empty")).prepare()
     with pytest.raises(FileNotFoundError, match="does not exist: a folder or a zip of images is wanted"):
         ImageFolder(folder=str(tmp_path / "nowhere")).prepare()
+    make_folder(tmp_path / "deep")
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep" / "val" / "val3" / "2.png")
+    with pytest.raises(ValueError, match="val3/2.png has pixels of mode I;16: 8 bits per channel wanted"):
+        ImageFolder(folder=str(tmp_path / "deep"), size=16).prepare()
+    make_folder(tmp_path / "nested")
+    (tmp_path / "nested" / "val" / ".ipynb_checkpoints").mkdir()
+    with pytest.raises(ValueError, match="class .ipynb_checkpoints of the validation split has no image"):
+        ImageFolder(folder=str(tmp_path / "nested"), size=16).prepare()
+
+
+def test_a_folder_is_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = ImageFolder(folder="some")
+    assert relative == ImageFolder(folder=str(tmp_path / "some"))
+    name = relative.files()
+    monkeypatch.chdir("/")
+    assert relative.files() == name
 
 
 def test_generators_depend_on_everything_they_are_for_and_on_nothing_else() -> None:

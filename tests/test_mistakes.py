@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,15 @@ def test_a_missing_gpu_is_one_clear_sentence(tmp_path: Path, capsys: pytest.Capt
         (["resume", "nowhere"], "nowhere has no run.toml: not a run directory, or one of a run made in Python"),
         (["evaluate", "nowhere"], "nowhere has no run.toml"),
         (["status", "nowhere"], "nowhere has no status.json"),
+        (["train", "navigation", "--evaluation.robustness.eps", "0.1"], "RL tasks have none"),
+        (["train", "navigation", "--learner.name", "adml"], "ADML wants labelled examples, and RL tasks have none"),
+        (["train", "sinusoid", "--learner.name", "adml"], "--learner.attack.low=-inf --learner.attack.high=inf wanted"),
+        (["train", "sinusoid", "--evaluation.robustness.eps", "0.1"], "evaluation.robustness keeps inputs within [0, 1], as pixels are"),
+        (["teachers", "glyphs", "--dir", "s3://bucket/pool"], "dir=s3://bucket/pool: a folder on this machine wanted"),
+        (["compare"], "metafleet compare wants run directories, or one comparison"),
+        (["compare", "comparison-glyphs", "--seeds", "0"], "seeds=0: at least 1 wanted"),
+        (["compare", "a", "b", "--workers", "4"], "workers=4: of a comparison that is to be trained"),
+        (["compare", "a", "b", "--out", "s3://bucket/c.png"], "out=s3://bucket/c.png: a file on this machine wanted"),
         (["compare", "nowhere"], "RUN='nowhere' is neither a preset nor a .toml file"),
         (["compare", "nowhere", "neither"], "nowhere has no evaluation.json"),
         (["export", "nowhere", "x"], "nowhere has no checkpoint yet"),
@@ -96,6 +106,13 @@ def test_no_permission_is_one_clear_sentence(tmp_path: Path, capsys: pytest.Capt
         if root:
             os.seteuid(0)
     assert f"Permission denied: '{locked / 'run'}'" in text
+
+
+def test_a_run_made_in_python_is_not_taken_for_another(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished, tmp_path / "r")
+    (tmp_path / "r" / "run.toml").unlink()
+    text = refusal(capsys, "train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY)
+    assert "holds a run that was made in Python" in text
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(finished: Path, tmp_path: Path, capsys) -> None:

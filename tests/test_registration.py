@@ -54,6 +54,11 @@ def test_the_vector_environment_steps_as_single_ones_do(name: str) -> None:
     again, _ = vector.reset()  # without a seed the generators go on
     for i, single in enumerate(singles):
         np.testing.assert_array_equal(again[i], single.reset()[0])
+    shared, _ = vector.reset(seed=3, options={"task": tasks[1]})
+    for i, single in enumerate(singles):
+        np.testing.assert_array_equal(shared[i], single.reset(seed=3 + i, options={"task": tasks[1]})[0])
+    action = np.full(vector.action_space.shape, 0.05, np.float32)
+    np.testing.assert_array_equal(vector.step(action)[1], [single.step(action[0])[1] for single in singles])
     with pytest.raises(ValueError, match="2 tasks for 3 environments"):
         vector.unwrapped.set_tasks(tasks[:2])
 

@@ -112,6 +112,13 @@ def test_compressed_contributions_are_half_as_long_and_change_the_run_a_little(t
     assert wire.compressed(np.zeros(10, np.float32)).nbytes == 20
 
 
+def test_what_a_run_carries_on_is_not_rounded(tmp_path: Path) -> None:
+    run = config.load("sinusoid", {"learner.name": "maml_plus_plus"})
+    parts, params = assemble.recipe(replace(run, execution="loop", pool="local", compression="bfloat16"))
+    with pytest.raises(ValueError, match="compression='bfloat16' would round what the run carries on"):
+        Driver(parts, params, LocalPool(parts), tmp_path, iterations=5, meta_batch=8, shard=4)
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(180)
 def test_a_ray_fleet_that_adds_by_itself_gives_the_drivers_bits(tmp_path: Path) -> None:

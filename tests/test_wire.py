@@ -73,6 +73,11 @@ def test_arrays_that_do_not_add_up_are_refused_before_allocation(packed, message
         wire.unpack_array(packed)
 
 
+def test_what_could_not_be_read_back_is_not_written() -> None:
+    with pytest.raises(ValueError, match="dtype bool was to be written, wanted one of <f4"):
+        wire.pack_array(np.zeros(2, bool))
+
+
 def test_a_vector_that_does_not_fit_its_layout_is_refused() -> None:
     header, vector = wire.broadcast({"a": torch.zeros(3)})
     with pytest.raises(ValueError, match="a vector of 2 numbers does not fit a layout of 3"):

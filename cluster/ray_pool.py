@@ -108,7 +108,7 @@ class RayPool:
         self._events: deque[Event] = deque()
         self._losses = 0
         self._respawn: list[float] = []
-        self._ready_at = time.monotonic()  # when some worker was last seen ready
+        self._ready_at = self._enough_at = time.monotonic()  # when some worker, and enough of them, were last seen ready
         self._began = False  # whether some worker was ever ready
         self._sent: dict[str, Any] = {}
         self._straggler = straggler
@@ -143,8 +143,7 @@ class RayPool:
     def poll(self, timeout: float) -> list[Event]:
         self._replace_lost()
         self._look()
-        if any(a.ready for a in self._actors):
-            self._ready_at = time.monotonic()
+        self._count()
         refs = [a.hello for a in self._actors if not a.ready] + [_first(ref) for a in self._actors for _, ref in a.tickets]
         if refs and not self._events:
             ray.wait(refs, num_returns=1, timeout=self._patience(timeout))
@@ -166,6 +165,17 @@ class RayPool:
         ray_fleet.forget()
         if self._started:
             ray.shutdown()
+
+    def _count(self) -> None:
+        """Note that workers are ready, and say every minute that they are too few."""
+        ready, now = sum(a.ready for a in self._actors), time.monotonic()
+        if ready:
+            self._ready_at = now
+        if ready >= self._least:
+            self._enough_at = now
+        elif self._began and now - self._enough_at > 60:
+            log.warning("%d workers are ready, at least %d wanted: no work is given out", ready, self._least)
+            self._enough_at = now
 
     def _spawn(self) -> None:
         self._last_name += 1

@@ -58,10 +58,10 @@ def train(words: list[str]) -> None:
 
 def resume(words: list[str]) -> None:
     """Go on with the run in DIR from its last good checkpoint. Keys that the numbers do not depend on may change."""
-    from cluster import flags, session, storage
+    from cluster import flags, runs, session, storage
 
     directory, rest = flags.leading(words)
-    path = session.configuration(storage.place(directory)) if directory else None
+    path = runs.configuration(storage.place(directory)) if directory else None
     _, options, run = flags.configured("resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR")
     session.train(run, storage.place(directory), take_over=options.take_over)
 
@@ -98,11 +98,11 @@ class Evaluate:
 
 def evaluate(words: list[str]) -> None:
     """Adaptation curves of a run on held-out tasks."""
-    from cluster import session
+    from cluster import runs
     from cluster.storage import place, write_atomically
 
     o = parsed("evaluate", Evaluate, words)
-    run, results = session.evaluate(place(o.dir), tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint, norms=o.norms,
+    run, results = runs.evaluate(place(o.dir), tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint, norms=o.norms,
                                    pool=o.pool, workers=o.workers, device=o.device, inner_lr=o.inner_lr, eps=o.eps)  # fmt: skip
     curves, matrix = results.curves, results.matrix
     console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
@@ -178,10 +178,10 @@ class Export:
 
 def export(words: list[str]) -> None:
     """θ as safetensors."""
-    from cluster import session, storage
+    from cluster import runs, storage
 
     o = parsed("export", Export, words)
-    names = session.export(storage.place(o.dir), storage.place(o.out), o.checkpoint)
+    names = runs.export(storage.place(o.dir), storage.place(o.out), o.checkpoint)
     console.print(f"{o.out}: {len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", highlight=False)
 
 
@@ -197,17 +197,17 @@ class Status:
 
 def status(words: list[str]) -> None:
     """What a run is doing."""
-    from cluster import session, storage
+    from cluster import runs, storage
 
     o = parsed("status", Status, words)
     directory = storage.place(o.dir)
     if not o.follow:
-        console.print(session.status(directory))
+        console.print(runs.status(directory))
         return
-    with Live(session.status(directory), console=console, auto_refresh=False) as live:
-        while session.is_running(directory):
+    with Live(runs.status(directory), console=console, auto_refresh=False) as live:
+        while runs.is_running(directory):
             time.sleep(2.0)
-            live.update(session.status(directory), refresh=True)
+            live.update(runs.status(directory), refresh=True)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Replay:
 
 def replay(words: list[str]) -> None:
     """A run again, from its journal."""
-    from cluster import session, storage
+    from cluster import runs, storage
 
     o = parsed("replay", Replay, words)
-    console.print(session.replay(storage.place(o.dir)), highlight=False, soft_wrap=True)
+    console.print(runs.replay(storage.place(o.dir)), highlight=False, soft_wrap=True)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cluster import config, session
+from cluster import config
+from cluster.runs import CONFIGURATION, RESULTS, configuration
 from cluster.storage import Place, place, write_atomically
 from cluster.tables import flat, to_table
 
@@ -46,7 +47,7 @@ class Group:
             total += run.iterations * config.spent(run, what)
             if not run.init_from:
                 return f"{total:,}"
-            path = place(run.init_from) / session.CONFIGURATION
+            path = place(run.init_from) / CONFIGURATION
             if not path.exists():
                 return f"{total:,} + {run.init_from}"
             run = config.load(str(path))
@@ -80,9 +81,9 @@ def grouped(directories: Sequence[Place]) -> list[Group]:
     runs: dict[tuple[str, int], config.Run] = {}
     met: Counter[tuple[str, int]] = Counter()
     for directory in directories:
-        if not (directory / session.RESULTS).exists():
+        if not (directory / RESULTS).exists():
             raise FileNotFoundError(f"{directory} has no evaluation.json: not a run directory, or a run that has not finished")
-        run = config.load(str(session.configuration(directory)))
+        run = config.load(str(configuration(directory)))
         kind = _kind(run)
         key = kind, met[kind, run.seed]  # the same seed again is no other seed, and stands apart
         met[kind, run.seed] += 1

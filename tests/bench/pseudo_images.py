@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cluster import assemble, config, session
+from cluster import assemble, config, runs
 from envs.data_free import DataFree
 
 SMOOTHED = 100  # lines of metrics
@@ -24,7 +24,7 @@ def pixels(directory: Path) -> tuple[np.ndarray, list[str]]:
     task = config.load(str(directory / "run.toml")).task
     if not isinstance(task, DataFree):
         raise ValueError(f"{directory} is not a data-free run")
-    found = session.chosen(directory, "newest").outer["images"][:, :, 0].double().numpy()
+    found = runs.chosen(directory, "newest").outer["images"][:, :, 0].double().numpy()
     return np.moveaxis(task.pixels(found), -3, -1), [type(spec).__name__ for spec in assemble.teacher_pool(task).specs]
 
 

@@ -267,6 +267,17 @@ def test_an_evaluation_cut_off_by_a_stop_is_made_up_for(tmp_path: Path) -> None:
         assert [line["iteration"] for line in lines if line["kind"] == "validation"] == [4, 8]
 
 
+def test_a_run_stopped_within_a_validation_goes_on_without_any(tmp_path: Path) -> None:
+    recipe = quadratic_recipe()
+    for stop in range(12, 20):
+        asked = iter(range(10**6))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / str(stop), iterations=8, interrupted=lambda asked=asked, stop=stop: next(asked) >= stop)
+        Driver(recipe, start(), LocalPool(recipe), tmp_path / str(stop), iterations=8, meta_batch=6, shard=2,
+               evaluation=replace(FEW, validation_tasks=0)).run()  # fmt: skip
+        assert Checkpoints(tmp_path / str(stop) / "checkpoints").newest().iteration == 8
+
+
 @pytest.mark.parametrize("change", [{"validation_tasks": 0}, {"steps": 0}, {"steps": 1}])
 def test_evaluations_may_be_small_or_off(tmp_path: Path, change) -> None:
     recipe = quadratic_recipe(evaluation_steps=change.get("steps", 2))

@@ -28,7 +28,7 @@ from learners.outer import Descent
 from tests.fakes import Newton, Noisy, quadratic_recipe, start
 
 ray = pytest.importorskip("ray")
-from cluster.ray_pool import RayPool  # noqa: E402 - only where Ray is installed
+from cluster.ray_pool import RayPool, _Actor  # noqa: E402 - only where Ray is installed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 FEW = Evaluation(every=10, validation_tasks=8, tasks=8, steps=2, pictures=0)
@@ -98,6 +98,33 @@ def test_killing_workers_twice_changes_nothing(tmp_path: Path, reference: str) -
     assert digest(train(parts, params, RayPool(parts, 2), tmp_path, kill)) == reference
     assert len(killed) == 2
     assert len(joined(tmp_path)) >= 3
+
+
+class Sick(_Actor):
+    """Cannot start where the third worker does."""
+
+    def hello(self):
+        if self._name == "worker-3":
+            raise OSError(28, "No space left on device")
+        return super().hello()
+
+
+class SickPool(RayPool):
+    actor = Sick
+
+
+def test_a_newcomer_that_cannot_start_costs_the_run_nothing(tmp_path: Path, reference: str, caplog: pytest.LogCaptureFixture) -> None:
+    killed: list[int] = []
+
+    def kill(driver: Driver) -> None:
+        if not killed and driver.iteration >= 5:
+            killed.append(joined(tmp_path)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    parts, params = assemble.recipe(sinusoid(tmp_path))
+    assert digest(train(parts, params, SickPool(parts, 2, least=2), tmp_path, kill)) == reference
+    assert "could not start" in caplog.text
+    assert "No space left on device" in caplog.text
 
 
 def test_a_frozen_worker_is_replaced_after_its_deadline(tmp_path: Path, reference: str) -> None:

@@ -41,6 +41,7 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
     """What workers are made from, and the model's initial parameters. Execution must be resolved."""
     if run.execution == "auto":
         raise ValueError("execution='auto' must be resolved first")
+    _check_attacks(run)
     network = model(run)
     params = network.params()
     if isinstance(run.task, DataFree):
@@ -76,8 +77,6 @@ def _data_free(run: Run, network: Functional, pool: TeacherPool) -> Objective:
         raise ValueError(f"ways={task.ways} exceeds the {len(set(pool.names))} classes that the teachers know")
     if not isinstance(run.outer, Purer):
         raise ValueError(f"a data-free task wants the outer step of PURER (--outer.name purer), not {type(run.outer).__name__}")
-    if run.evaluation.robustness.eps:
-        raise ValueError(f"eps={run.evaluation.robustness.eps}: attacks are in pixels, and the images of data-free runs are normalised")
     if run.execution != "loop":
         raise ValueError(f"execution={run.execution!r}: teachers differ from each other, so that tasks run in a loop")
     return DataFreeObjective(
@@ -87,7 +86,6 @@ def _data_free(run: Run, network: Functional, pool: TeacherPool) -> Objective:
 
 
 def _objective(run: Run, network: Functional) -> Objective:
-    _check_attacks(run)
     if run.task.kind == "control":
         if not isinstance(run.task, Rollouts):
             raise TypeError(f"{type(run.task).__name__} is of kind control, but has no method rollout")
@@ -111,6 +109,8 @@ def _check_attacks(run: Run) -> None:
     """Raise ValueError for attacks that the tasks do not admit, and for learners that want labels where there are none."""
     eps, name = run.evaluation.robustness.eps, type(run.learner).__name__
     own = getattr(run.learner, "attack", None)
+    if eps and isinstance(run.task, DataFree):
+        raise ValueError(f"eps={eps}: attacks are in pixels, and the images of data-free runs are normalised")
     if run.task.kind == "control":
         if eps:
             raise ValueError(f"evaluation.robustness.eps={eps}: attacks are on the inputs of examples, and RL tasks have none")
@@ -167,9 +167,14 @@ def _as_taught(run: Run, task: DataFree) -> Run:
     found = teacher_pool(task)
     kinds = {name: i for i, name in enumerate(dict.fromkeys(found.names))}
     shared = tuple(kinds[name] for name in found.names) if len(kinds) < len(found.names) else ()
-    task = replace(task, teachers=len(found.teachers), teacher_ways=found.ways, kinds=shared, mean=found.mean, std=found.std)
-    outer = replace(run.outer, teachers=task.teachers) if isinstance(run.outer, Purer) else run.outer
-    return replace(run, task=task, outer=outer)
+    return taught(run, replace(task, teachers=len(found.teachers), teacher_ways=found.ways, kinds=shared, mean=found.mean, std=found.std))
+
+
+def taught(run: Run, of: DataFree) -> Run:
+    """The data-free run with what the teachers of the task `of` say of themselves."""
+    said = {k: getattr(of, k) for k in ("teachers", "teacher_ways", "kinds", "mean", "std")}
+    outer = replace(run.outer, teachers=of.teachers) if isinstance(run.outer, Purer) else run.outer
+    return replace(run, task=replace(run.task, **said), outer=outer)  # type: ignore[type-var]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from cluster.dispatch import Dispatcher, Round, RunStopped, Shards
 from cluster.messages import Lost
@@ -80,13 +81,13 @@ class Asynchronous(Limits):
 
     def combined(self, late: Sequence[Late | None], now: Params) -> tuple[Sum, float]:
         """(G as a sum, factor of the rate) of contributions in the order of their shards, θ being `now`, packed; None: a rejected one."""
-        weights = [(1.0 + c.staleness) ** -self.power for c in late if c]
-        parts = [_scaled(self._current(c, now), (1.0 + c.staleness) ** -self.power) if c else None for c in late]
+        weights = [(1.0 + c.staleness) ** -self.power if c else 0.0 for c in late]
+        parts = [_scaled(self._current(c, now), w) if c else None for c, w in zip(late, weights, strict=True)]
         while len(parts) > 1:  # the bracketing of `aggregate.Tree`
             parts = [_plus(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
         if parts[0] is None:
             raise ValueError(f"all {len(late)} contributions were rejected")
-        return parts[0], (sum(weights) / len(weights)) ** self.damping
+        return parts[0], (sum(weights) / sum(c is not None for c in late)) ** self.damping
 
     def _current(self, c: Late, now: Params) -> Sum:
         """A stale sum as of `now`: what was added to slots since then (a clock, running statistics) stays added, and if there is
@@ -95,11 +96,13 @@ class Asynchronous(Limits):
         if not c.staleness:
             return c.total
         n, λ = c.total.weight, self.compensation
-        total = {
-            k: v + n * (now[k] - c.then[k]) if k.startswith("slots/") else v + (λ / n) * v * v * (now[k] - c.then[k]) if λ else v
-            for k, v in c.total.total.items()
-        }
-        return c.total._replace(total=total)
+
+        def moved(k: str, v: Tensor) -> Tensor:
+            if k.startswith("slots/"):
+                return v + n * (now[k] - c.then[k])
+            return v + (λ / n) * v * v * (now[k] - c.then[k]) if λ else v
+
+        return c.total._replace(total={k: moved(k, v) for k, v in c.total.total.items()})
 
 
 @dataclass

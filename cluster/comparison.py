@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import config
-from cluster.runs import CONFIGURATION, RESULTS, configuration
+from cluster.report import RESULTS
+from cluster.runs import CONFIGURATION, configuration
 from cluster.storage import Place, place, write_atomically
 from cluster.tables import flat, to_table
 
@@ -82,7 +83,7 @@ def grouped(directories: Sequence[Place]) -> list[Group]:
     met: Counter[tuple[str, int]] = Counter()
     for directory in directories:
         if not (directory / RESULTS).exists():
-            raise FileNotFoundError(f"{directory} has no evaluation.json: not a run directory, or a run that has not finished")
+            raise FileNotFoundError(f"{directory} has no {RESULTS}: not a run directory, or a run that has not finished")
         run = config.load(str(configuration(directory)))
         kind = _kind(run)
         key = kind, met[kind, run.seed]  # the same seed again is no other seed, and stands apart
@@ -96,8 +97,8 @@ def grouped(directories: Sequence[Place]) -> list[Group]:
 
 def _kind(run: config.Run) -> str:
     """What runs of one kind have in common: all that numbers depend on but the seed."""
-    fleet = tuple(f"{key}." for key in config.RESUMABLE if key not in ("iterations", "evaluation"))
-    keys = {k: v for k, v in flat(to_table(run)).items() if k != "seed" and not f"{k}.".startswith(fleet)}
+    others = {"seed", *config.RESUMABLE} - {"iterations", "evaluation"}
+    keys = {k: v for k, v in flat(to_table(run)).items() if not config.within(k, others)}
     return json.dumps(keys | {"init_from": re.sub(r"/seed-\d+$", "", run.init_from)})
 
 
@@ -151,7 +152,7 @@ def _group(members: list[Place], run: config.Run) -> Group:
         label = members[0].parent.name + (f" ({len(members)} seeds)" if len(members) > 1 else f"/{label}")
     lines = [[json.loads(line) for line in (m / "metrics.jsonl").read_text().splitlines()] for m in members]
     return Group(
-        label, run, [json.loads((m / "evaluation.json").read_text()) for m in members],
+        label, run, [json.loads((m / RESULTS).read_text()) for m in members],
         [[line for line in run_lines if line["kind"] == "validation"] for run_lines in lines],
     )  # fmt: skip
 

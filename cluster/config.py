@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -267,11 +268,16 @@ def to_toml(run: Run, notes: Table | None = None) -> str:
     return tomli_w.dumps(scalars | {k: v for k, v in table.items() if isinstance(v, dict)} | (notes or {}))
 
 
+def within(key: str, tables: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or in a table that is."""
+    return f"{key}.".startswith(tuple(f"{t}." for t in tables))
+
+
 def check_resumable(old: Run, new: Run) -> None:
     """Raise ValueError where `new` differs from `old` in a key that the numbers depend on."""
     before, after = flat(to_table(old)), flat(to_table(new))
     for key in before | after:
-        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{r}.") for r in RESUMABLE):
+        if before.get(key) != after.get(key) and not within(key, RESUMABLE):
             raise ValueError(
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: it cannot change on resume "
                 f"(only {', '.join(RESUMABLE)} can); use another directory for another run"

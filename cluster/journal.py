@@ -47,6 +47,8 @@ class _Apply(_Tickets):
 
 class _Attempt(TypedDict):
     iteration: wire.Natural
+    meta_batch: NotRequired[wire.Natural]
+    shard: NotRequired[wire.Natural]
 
 
 _KINDS: dict[str, TypeAdapter[Any]] = {

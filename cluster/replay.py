@@ -63,16 +63,11 @@ def _applied(record: dict[str, Any], ranges: dict[int, tuple[str, int, int]], re
         raise ValueError(f"step {record['version']} of the journal names what it does not have: tickets {tickets}, staleness {staleness}")
     shards: list[tuple[str, int, int] | None] = [ranges[t] for t in tickets]
     if "staleness" not in record and len(shards) < batch:  # a synchronous step, of which some were rejected
-        shards = _placed([ranges[t] for t in tickets], batch)
-        staleness = [0] * batch
+        if batch > len(ranges) or any(stop <= start for _, start, stop in filter(None, shards)):
+            raise ValueError(f"step {record['version']} of the journal has a batch of {batch} shards that were not all dispatched")
+        places = {start // (stop - start) % batch: (split, start, stop) for split, start, stop in filter(None, shards)}
+        shards, staleness = [places.get(i) for i in range(batch)], [0] * batch
     return Applied(record["version"], shards, staleness, record["theta"])
-
-
-def _placed(shards: list[tuple[str, int, int]], batch: int) -> list[tuple[str, int, int] | None]:
-    places: list[tuple[str, int, int] | None] = [None] * batch
-    for split, start, stop in shards:
-        places[start // (stop - start) % batch] = split, start, stop
-    return places
 
 
 def replay(recipe: Recipe, params: Params, policy: Policy, applied: list[Applied], begin: Meta | None = None) -> Iterator[tuple[int, Meta]]:

@@ -19,6 +19,9 @@ from cluster.worker import Recipe
 
 log = logging.getLogger("metafleet")
 
+RESULTS = "evaluation.json"
+"""File of a run directory that a finished run's results are in."""
+
 
 @dataclass(frozen=True)
 class Results:
@@ -48,7 +51,7 @@ class Report:
         if matrix:
             content["robustness"] = matrix.as_dict()
             self.monitor.values(state.iteration, "test", {f"test/{k}": v for k, v in matrix.mean.items()})
-        write_atomically(self.mirror.local / "evaluation.json", json.dumps(content, indent=1).encode())
+        write_atomically(self.mirror.local / RESULTS, json.dumps(content, indent=1).encode())
         title = f"Held-out test tasks: {curves.tasks} tasks, mean ± 95 % CI, after {state.iteration} meta-iterations"
         for table in [curves.table(title), *(matrix.tables() if matrix else ())]:
             self.monitor.console.print(table)

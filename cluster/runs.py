@@ -26,7 +26,6 @@ from learners.base import HasRates, Learner, Meta, Params
 from learners.objectives import NormMode
 
 CONFIGURATION = "run.toml"
-RESULTS = "evaluation.json"
 
 
 def configuration(directory: Place) -> Place:
@@ -115,7 +114,7 @@ def replay(directory: Place) -> str:
     if not same:
         raise RuntimeError(f"the journal ends at θ {theta}, the newest checkpoint holds {digest(checkpoint.meta)}")
     late = sum(bool(s) for step in applied for s in step.staleness)
-    whole = sum(len(step.shards) for step in applied)
+    whole = sum(shard is not None for step in applied for shard in step.shards)
     return f"OK: {len(applied)} steps of {whole} contributions ({late} of them stale) end in the recorded bits, θ {theta}"
 
 

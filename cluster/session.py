@@ -19,12 +19,12 @@ from cluster.checkpoint import Checkpoints
 from cluster.config import Run
 from cluster.driver import Driver
 from cluster.lease import Lease
-from cluster.runs import CONFIGURATION, RESULTS, beginning, configuration
+from cluster.report import RESULTS
+from cluster.runs import CONFIGURATION, beginning, configuration
 from cluster.storage import Place, make_folder, write_atomically
 from cluster.tables import flat, to_table
 from cluster.worker import environment, set_up_torch
 from envs.data_free import DataFree
-from learners.purer.outer import Purer
 
 
 def new_directory(label: str) -> Path:
@@ -162,10 +162,7 @@ def _as_before(run: Run, old: Run) -> Run:
     if getattr(run.outer, "horizon", None) == 0:
         run = replace(run, outer=replace(run.outer, horizon=getattr(old.outer, "horizon", 0)))  # type: ignore[type-var]
     if isinstance(run.task, DataFree) and isinstance(old.task, DataFree) and not run.task.teachers:
-        taught = {k: getattr(old.task, k) for k in ("teachers", "teacher_ways", "kinds", "mean", "std")}
-        run = replace(run, task=replace(run.task, **taught))
-        if isinstance(run.outer, Purer) and isinstance(old.outer, Purer):
-            run = replace(run, outer=replace(run.outer, teachers=old.outer.teachers))
+        run = assemble.taught(run, old.task)
     return run
 
 

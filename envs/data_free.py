@@ -16,8 +16,7 @@ class DataFree(Episodes):
     """N-way K-shot; training episodes are cut from images D that are inverted from a pool of teachers, and no training image is read.
 
     The classes of an episode are drawn from all classes of all teachers, so that an episode mixes teachers; one that several teachers
-    know is at most once in it. Real episodes are
-    normalised as the teachers' training images were.
+    know is at most once in it. Real episodes are normalised as the teachers' training images were.
     """
 
     pools: tuple[str, ...] = ()

@@ -229,6 +229,20 @@ def test_a_shard_that_kills_three_workers_is_quarantined_and_the_run_goes_on(tmp
     assert digest(again) == digest(meta)
 
 
+@pytest.mark.parametrize(("meta_batch", "stop", "sentence"), [
+    (4, 0, "batch of 4 shards that were not all dispatched"), (1 << 60, 1, "that were not all dispatched"), ("many", 1, "meta_batch"),
+])  # fmt: skip
+def test_a_journal_whose_batch_cannot_be_is_refused(tmp_path: Path, meta_batch, stop: int, sentence: str) -> None:
+    book = journal.Journal(tmp_path / "journal")
+    book.write("attempt", iteration=0, meta_batch=meta_batch, shard=1)
+    for ticket in range(4):
+        book.write("dispatch", ticket=ticket, attempt=0, verb="gradient", at=1, split="train", start=0, stop=stop)
+    book.write("apply", version=1, tickets=[0], theta="")
+    book.close()
+    with pytest.raises(ValueError, match=sentence):
+        steps(tmp_path / "journal")
+
+
 def test_a_slow_worker_holds_up_neither_backups_nor_the_asynchronous(tmp_path: Path) -> None:
     """Three workers of 20 ms a shard and one of 200 ms: seconds of ten steps of eight shards, the sum of rates being 155 shards/s."""
     recipe, took, theta = quadratic_recipe(outer=SGD), {}, {}

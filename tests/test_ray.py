@@ -85,6 +85,18 @@ def joined(directory: Path) -> list[int]:
     return [int(e["where"].rpartition(":")[2]) for e in events if e["kind"] == "joined"]
 
 
+def striking(directory: Path, number: int) -> tuple[list[int], Callable[[Driver], None]]:
+    """(who was struck, a hook that sends this signal to the first worker, once, from iteration 5 on)."""
+    struck: list[int] = []
+
+    def strike(driver: Driver) -> None:
+        if not struck and driver.iteration >= 5:
+            struck.append(joined(directory)[0])
+            os.kill(struck[0], number)
+
+    return struck, strike
+
+
 def test_killing_workers_twice_changes_nothing(tmp_path: Path, reference: str) -> None:
     killed: list[int] = []
 
@@ -114,27 +126,15 @@ class SickPool(RayPool):
 
 
 def test_a_newcomer_that_cannot_start_costs_the_run_nothing(tmp_path: Path, reference: str, caplog: pytest.LogCaptureFixture) -> None:
-    killed: list[int] = []
-
-    def kill(driver: Driver) -> None:
-        if not killed and driver.iteration >= 5:
-            killed.append(joined(tmp_path)[0])
-            os.kill(killed[0], signal.SIGKILL)
-
     parts, params = assemble.recipe(sinusoid(tmp_path))
+    _, kill = striking(tmp_path, signal.SIGKILL)
     assert digest(train(parts, params, SickPool(parts, 2, least=2), tmp_path, kill)) == reference
     assert "could not start" in caplog.text
     assert "No space left on device" in caplog.text
 
 
 def test_a_frozen_worker_is_replaced_after_its_deadline(tmp_path: Path, reference: str) -> None:
-    frozen: list[int] = []
-
-    def freeze(driver: Driver) -> None:
-        if not frozen and driver.iteration >= 5:
-            frozen.append(joined(tmp_path)[0])
-            os.kill(frozen[0], signal.SIGSTOP)
-
+    frozen, freeze = striking(tmp_path, signal.SIGSTOP)
     parts, params = assemble.recipe(sinusoid(tmp_path))
     limits = Deadlines(floor=1.0, factor=5.0, first=30.0)
     began = time.monotonic()

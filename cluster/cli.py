@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cluster.commands import compare, evaluate, export, replay, resume, status, train
-from cluster.console import console, errors
-from cluster.tools import check, doctor, list_, scale, show, teachers
+from cluster.commands.console import console, errors
+from cluster.commands.runs import compare, evaluate, export, replay, resume, status, train
+from cluster.commands.tools import check, doctor, list_, scale, show, teachers
 
 USAGE = """metafleet — distributed meta-training on Ray
 

@@ -21,7 +21,8 @@ import tyro
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from cluster import config, storage
+from cluster.record import storage
+from cluster.setup import config
 
 SPACE = {
     "learner.inner_lr": tune.loguniform(1e-3, 1.0),

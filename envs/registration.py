@@ -14,10 +14,11 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.bodies import BODIES, GOALS, BodyName, GoalName
-from envs.locomotion import Locomotion, LocomotionWorld
-from envs.navigation import Navigation, PointWorld
-from envs.rollout import World
+from envs.control.bodies import BODIES, GOALS, BodyName, GoalName
+from envs.control.locomotion import Locomotion
+from envs.control.navigation import Navigation, PointWorld
+from envs.control.rollout import World
+from envs.control.world import LocomotionWorld
 
 Task = dict[str, Any]
 ALIVE = np.ones((1, 1), bool)

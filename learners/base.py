@@ -235,3 +235,8 @@ def check_inner_loop(inner_lr: float, inner_steps: int) -> None:
         raise ValueError(f"inner_lr={inner_lr}: 0 or more wanted")
     if inner_steps < 0:
         raise ValueError(f"inner_steps={inner_steps}: 0 or more wanted")
+
+
+def training_steps(learner: Learner) -> int:
+    """Inner steps in meta-training, where the learner has such a field."""
+    return int(getattr(learner, "inner_steps", 1))

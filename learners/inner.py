@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from envs.base import Arrays
-from learners import tree
 from learners.base import Data, Explores, Gradient, Learner, Meta, Metrics, Objective, Params
-from learners.derivative import constant, differentiate, differentiate_with
-from learners.optimisers import Optimiser
+from learners.engine import tree
+from learners.engine.derivative import constant, differentiate, differentiate_with
+from learners.engine.optimisers import Optimiser
 
 T = TypeVar("T")
 

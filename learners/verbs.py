@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from envs.base import Arrays
-from learners.base import GROUP, SEED, Data, Learner, Metrics, Objective, Params, Records, Share, Verb, Verbs, pack, unpack
-from learners.objectives import Supervised
-from learners.robustness import Robustness
-from learners.robustness import verb as robust
+from learners.base import GROUP, SEED, Data, Learner, Metrics, Objective, Params, Records, Share, Verb, Verbs, pack, training_steps, unpack
+from learners.objectives.robustness import Robustness
+from learners.objectives.robustness import verb as robust
+from learners.objectives.supervised import Supervised
 
 
 class RecordingObjective(Records, Objective, Protocol):
@@ -71,11 +71,6 @@ def _recorded(learner: Learner, objective: RecordingObjective, evaluation_steps:
         "gradient": Verb(gradient, **of(learner, training_steps(learner), False)),
         "evaluate": Verb(evaluate, light=True, **of(learner.at_test(), evaluation_steps, True)),
     }
-
-
-def training_steps(learner: Learner) -> int:
-    """Inner steps in meta-training, where the learner has such a field."""
-    return int(getattr(learner, "inner_steps", 1))
 
 
 def _kind(data: Data) -> Metrics:

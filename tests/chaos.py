@@ -23,13 +23,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cluster import journal
-from cluster.checkpoint import Checkpoints
-from cluster.driver import Driver, digest
-from cluster.evaluate import Evaluation
-from cluster.ledger import ENDS
-from cluster.pool import LocalPool
-from cluster.replay import replay, steps
+from cluster.fleet.pool import LocalPool
+from cluster.operations.replay import replay, steps
+from cluster.record import journal
+from cluster.record.checkpoint import Checkpoints
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.identity import digest
+from cluster.training.ledger import ENDS
 from tests import chaos_driver, hosts
 
 PATIENCE = 60.0  # seconds without an iteration are a hang

@@ -18,18 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster import monitor
-from cluster.asynchronous import Asynchronous
-from cluster.checkpoint import Checkpointing
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.messages import Contribution, Event
-from cluster.policies import Deadlines, Policy, Synchronous
-from cluster.worker import Recipe
-from learners import tree
+from cluster.fleet.messages import Contribution, Event
+from cluster.fleet.placement import Deadlines
+from cluster.fleet.recipe import Recipe
+from cluster.record.checkpoint import Checkpointing
+from cluster.results import monitor
+from cluster.training.asynchronous import Asynchronous
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.policy import Policy
+from cluster.training.synchronous import Synchronous
+from learners.algorithms.maml import MAML
 from learners.base import Data, Gradient, Meta, Objective, Params
-from learners.maml import MAML
-from learners.outer import Descent
+from learners.engine import tree
+from learners.outer.descent import Descent
 from tests.fakes import quadratic_recipe
 
 LIMITS = Deadlines(floor=3.0, first=20.0)
@@ -69,7 +71,7 @@ def theta() -> Params:
 
 def main() -> None:
     folder, policy, address = sys.argv[1:]
-    from cluster.ray_pool import RayPool
+    from cluster.fleet.ray_pool import RayPool
 
     class Echoing(RayPool):
         """One answer in twenty comes again, some polls later."""

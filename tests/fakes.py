@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cluster import wire
-from cluster.messages import Assignment, Broadcast, Contribution, Event, Failure
-from cluster.pool import LocalPool
-from cluster.worker import Recipe, Worker
-from learners import tree
+from cluster.fleet import wire
+from cluster.fleet.messages import Assignment, Broadcast, Contribution, Event, Failure
+from cluster.fleet.pool import LocalPool
+from cluster.fleet.recipe import Recipe
+from cluster.fleet.worker import Worker
+from learners.algorithms.maml import MAML
 from learners.base import Data, Learner, Meta, Objective, Params, Reduce, Share, Verb, Verbs, unpack
-from learners.maml import MAML
+from learners.engine import tree
+from learners.outer.descent import Descent
 from tests.quadratics import Quadratic, QuadraticTasks
 
 
@@ -184,7 +186,7 @@ def replace_slots(gradient, grads, slots):
 
 def quadratic_recipe(**changes) -> Recipe:
     """Three-dimensional random quadratics in float64."""
-    return replace(Recipe(QuadraticTasks(3), MAML(0.05, 1), Quadratic(), dtype="float64", evaluation_steps=2), **changes)
+    return replace(Recipe(QuadraticTasks(3), MAML(0.05, 1), Quadratic(), Descent(), dtype="float64", evaluation_steps=2), **changes)
 
 
 def start() -> Params:

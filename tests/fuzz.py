@@ -21,12 +21,13 @@ import msgpack
 import numpy as np
 import torch
 
-from cluster import checkpoint, config, journal, wire
-from cluster.checkpoint import State
-from cluster.journal import Journal
-from cluster.messages import Assignment
-from cluster.policies import Work
-from cluster.replay import steps
+from cluster.fleet import wire
+from cluster.fleet.messages import Assignment
+from cluster.operations.replay import steps
+from cluster.record import checkpoint, journal
+from cluster.record.checkpoint import State, Work
+from cluster.record.journal import Journal
+from cluster.setup import config
 from learners.base import Meta, Sum
 
 GROWTH = 64 << 20  # bytes that the process may grow by

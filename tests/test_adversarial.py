@@ -10,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learners.adml import ADML
-from learners.adversarial_querying import AdversarialQuerying
-from learners.attack import Attack, SupportAttacked, attacked_query
+from learners.algorithms.adml import ADML
+from learners.algorithms.adversarial_querying import AdversarialQuerying
+from learners.algorithms.maml import MAML
 from learners.base import Data, Learner, Meta, Params, pack, unpack
-from learners.execution import Execution
-from learners.maml import MAML
-from learners.models import functional
-from learners.objectives import Supervised
-from learners.robustness import Robustness
+from learners.engine.execution import Execution
+from learners.models.functional import functional
+from learners.objectives.attack import Attack, SupportAttacked, attacked_query
+from learners.objectives.robustness import Robustness
+from learners.objectives.supervised import Supervised
 from learners.verbs import standard
 from tests.quadratics import stack, tensors
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.aggregate import Tree, is_finite
-from cluster.messages import Contribution
+from cluster.fleet.messages import Contribution
+from cluster.training.aggregate import Tree, is_finite
 
 
 def answer(values: np.ndarray, weight: float = 1.0) -> Contribution:

@@ -1,4 +1,4 @@
-"""Imports run one way: cluster → learners → envs; Ray in two files; no driver or worker knows an algorithm."""
+"""Imports run one way, between storeys and between the folders of each; Ray in two files; no driver or worker knows an algorithm."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tops(names: set[str]) -> set[str]:
 
 def test_envs_import_neither_torch_nor_ray_nor_us() -> None:
     for path, tree in FILES.items():
-        if path.parent.name == "envs":
+        if "envs" in path.relative_to(ROOT).parts:
             assert not tops(imported(tree)) & {"torch", "ray", "learners", "cluster"}, path
 
 
@@ -42,6 +42,67 @@ def test_learners_import_of_envs_only_the_interface_and_never_ray() -> None:
             assert not tops(names) & {"ray", "cluster"}, path
             foreign = {n for n in names if n.startswith("envs.") and n.split(".")[1] != "base"}
             assert not foreign, path
+
+
+FLOORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cluster": {
+        "fleet": (), "record": ("fleet",), "results": ("fleet", "record"), "training": ("fleet", "record", "results"),
+        "setup": ("fleet", "record", "results", "training"),
+        "operations": ("fleet", "record", "results", "training", "setup"),
+        "commands": ("fleet", "record", "results", "training", "setup", "operations"),
+        "cli": ("commands",), "train": ("cli",),
+    },
+    "learners": {
+        "base": (), "engine": ("base",), "inner": ("base", "engine"), "models": ("base", "engine"),
+        "objectives": ("base", "engine", "inner", "models"),
+        "algorithms": ("base", "engine", "inner", "models", "objectives"),
+        "outer": ("base", "engine", "inner", "objectives"),
+        "verbs": ("base", "objectives"),
+        "purer": ("base", "engine", "inner", "models", "objectives", "algorithms", "outer"),
+    },
+    "envs": {
+        "base": (), "store": (), "sinusoid": ("base",), "images": ("base", "store"), "control": ("base",),
+        "registration": ("base", "control"),
+    },
+}  # fmt: skip
+"""For each storey its folders (and the files at its root), and which others each may import: DESIGN's table."""
+
+
+@pytest.mark.parametrize("storey", list(FLOORS))
+def test_folders_import_only_what_is_below_them(storey: str) -> None:
+    for path, tree in FILES.items():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] == storey and parts[1] != "__init__":
+            ours = {n.split(".")[1] for n in imported(tree) if n.startswith(f"{storey}.")} & FLOORS[storey].keys()
+            assert ours <= {parts[1], *FLOORS[storey][parts[1]]}, f"{'/'.join(parts)} imports {ours}"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): imported(tree) for p, tree in FILES.items()}
+    arrows = {name: sorted(names & modules.keys()) for name, names in modules.items()}
+    longest: dict[str, int] = {}
+
+    def depth(name: str, above: tuple[str, ...]) -> int:
+        assert name not in above, " → ".join((*above, name))
+        if name not in longest:
+            longest[name] = 1 + max((depth(n, (*above, name)) for n in arrows[name]), default=0)
+        return longest[name]
+
+    for name in arrows:
+        depth(name, ())
+
+
+def test_within_a_folder_ten_floors_at_most() -> None:
+    folders = {str(p.parent.relative_to(ROOT)) for p in FILES}
+    for folder in folders:
+        inside = {p.stem: imported(t) for p, t in FILES.items() if str(p.parent.relative_to(ROOT)) == folder}
+        prefix = folder.replace("/", ".")
+        arrows = {n: [m for m in inside if m != n and f"{prefix}.{m}" in names] for n, names in inside.items()}
+
+        def floor(name: str, arrows: dict[str, list[str]] = arrows) -> int:
+            return 1 + max(map(floor, arrows[name]), default=0)
+
+        assert max(map(floor, arrows), default=0) <= 10, folder
 
 
 def test_ray_is_imported_in_exactly_two_files() -> None:
@@ -58,21 +119,24 @@ def test_no_pickle_and_no_unsafe_load() -> None:
                 assert safe.get("allow_pickle") == "False" or safe.get("weights_only") == "True", path
 
 
-def test_driver_and_worker_name_no_learner_task_or_policy_of_the_catalog() -> None:
-    from cluster.catalog import LEARNERS, POLICIES, SOURCES, TASKS
+def test_training_and_fleet_name_no_learner_task_or_policy_of_the_catalog() -> None:
+    from cluster.setup.catalog import LEARNERS, OUTERS, POLICIES, SOURCES, TASKS
 
-    tables = (TASKS, SOURCES, LEARNERS, POLICIES)
+    tables = (TASKS, SOURCES, LEARNERS, OUTERS)
     names = {n for table in tables for n in table} | {c.__name__ for table in tables for c in table.values()}
-    for file in ("driver.py", "worker.py", "dispatch.py"):
-        words = {n.id for n in ast.walk(FILES[ROOT / "cluster" / file]) if isinstance(n, ast.Name)}
-        words |= {n.value for n in ast.walk(FILES[ROOT / "cluster" / file]) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-        assert not words & names, file
+    own = {*POLICIES, *(c.__name__ for c in POLICIES.values())}  # a policy's file is its own
+    for path, tree in FILES.items():
+        if path.parent.name in ("training", "fleet"):
+            words = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+            words |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            wanted = names if path.stem in POLICIES else names | own
+            assert not words & wanted, f"{path.relative_to(ROOT)}: {words & wanted}"
 
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("envs.sinusoid", ("torch", "ray", "matplotlib")), ("envs.omniglot", ("torch", "ray")), ("learners.maml", ("ray", "tensorboard")),
-     ("cluster.driver", ("ray", "tensorboard")), ("cluster.cli", ("torch", "ray"))],
+    [("envs.sinusoid", ("torch", "ray", "matplotlib")), ("envs.images.omniglot", ("torch", "ray")), ("learners.algorithms.maml", ("ray", "tensorboard")),
+     ("cluster.training.driver", ("ray", "tensorboard")), ("cluster.cli", ("torch", "ray"))],
 )  # fmt: skip
 def test_a_fresh_interpreter_loads_no_more_than_it_should(module: str, absent: tuple[str, ...]) -> None:
     program = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"

@@ -12,20 +12,23 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import config, journal
-from cluster.asynchronous import Asynchronous
-from cluster.checkpoint import Checkpointing, Checkpoints
-from cluster.driver import Driver, digest
-from cluster.evaluate import Evaluation
-from cluster.messages import Assignment, Contribution, Event, Failure
-from cluster.policies import Policy, Synchronous, Work
-from cluster.pool import LocalPool, Pool
-from cluster.replay import replay, steps
-from cluster.worker import Recipe
+from cluster.fleet.messages import Assignment, Contribution, Event, Failure
+from cluster.fleet.pool import LocalPool, Pool
+from cluster.fleet.recipe import Recipe
+from cluster.operations.replay import replay, steps
+from cluster.record import journal
+from cluster.record.checkpoint import Checkpointing, Checkpoints, Work
+from cluster.setup.run import Run
+from cluster.training.asynchronous import Asynchronous
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.identity import digest
+from cluster.training.policy import Policy
+from cluster.training.synchronous import Synchronous
+from learners.algorithms.maml_plus_plus import MAMLPlusPlus
 from learners.base import Meta
-from learners.maml_plus_plus import MAMLPlusPlus
-from learners.outer import Descent
-from learners.trust_region import TrustRegion
+from learners.outer.descent import Descent
+from learners.outer.trust_region import TrustRegion
 from tests.fakes import Noisy, ScriptedPool, SleepyPool, quadratic_recipe, start
 from tests.test_driver import non_finite
 
@@ -263,7 +266,7 @@ def test_a_slow_worker_holds_up_neither_backups_nor_the_asynchronous(tmp_path: P
 
 def test_impossible_policies_are_refused() -> None:
     with pytest.raises(ValueError, match="TrustRegion takes several"):
-        config.Run(outer=TrustRegion(), policy=Asynchronous())
+        Run(outer=TrustRegion(), policy=Asynchronous())
     with pytest.raises(ValueError, match="in_flight=2 is below buffer=3"):
         Asynchronous(buffer=3, in_flight=2)
     with pytest.raises(ValueError, match="power=-1: 0 or more"):

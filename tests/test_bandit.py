@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from learners.algorithms.maml import MAML
 from learners.base import Data, Meta, Params
-from learners.control import Control
-from learners.maml import MAML
-from learners.models import Functional, functional
-from learners.policy_gradient import InnerLoss, inner_loss
+from learners.models.functional import Functional, functional
+from learners.objectives.control import Control
+from learners.objectives.policy_gradient import InnerLoss, inner_loss
 
 SIGMA, LEFT, RIGHT, RATE = 0.8, 1.0, 3.0, 0.4
 N = 40_000

@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster import cli, config, session
-from cluster.checkpoint import Checkpoints
-from cluster.driver import digest
+from cluster import cli
+from cluster.operations import launch
+from cluster.record.checkpoint import Checkpoints
+from cluster.setup import config
+from cluster.training.identity import digest
 from tests.commands import TINY, metafleet, refusal
 
 
@@ -136,9 +138,9 @@ def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(tmp_pa
 def test_results_of_fewer_iterations_do_not_outlive_a_resume(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "r")
     run = config.load(str(tmp_path / "r" / "run.toml"))
-    session.prepared(run, tmp_path / "r")
+    launch.prepared(run, tmp_path / "r")
     assert (tmp_path / "r" / "evaluation.json").exists()
-    session.prepared(replace(run, iterations=9), tmp_path / "r")
+    launch.prepared(replace(run, iterations=9), tmp_path / "r")
     assert not (tmp_path / "r" / "evaluation.json").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.comparison import grouped, over_seeds
+from cluster.operations.comparison import grouped, over_seeds
 
 
 def test_runs_of_one_kind_are_seeds_wherever_they_ran_and_the_same_seed_twice_is_not_two(finished: Path, tmp_path: Path) -> None:

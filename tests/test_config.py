@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster import assemble, catalog, config
-from cluster.tables import flat, to_table
-from envs.data_free import DataFree
-from learners.maml import MAML
-from learners.optimisers import Adam
-from learners.outer import Descent
+from cluster.setup import assemble, catalog, config
+from cluster.setup.tables import flat, to_table
+from envs.images.data_free import DataFree
+from learners.algorithms.maml import MAML
+from learners.algorithms.reptile import Reptile
+from learners.engine.optimisers import Adam
+from learners.outer.descent import Descent
 from learners.purer.calibration import DataFreeMAML
-from learners.reptile import Reptile
 
 COMPARISONS = [name for name in config.presets() if config.VARIANTS in config.read(name)]
 

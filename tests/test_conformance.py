@@ -13,34 +13,38 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster import catalog, wire
-from cluster.aggregate import Tree
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.messages import Assignment, Event
-from cluster.pool import LocalPool
-from cluster.wire import decode_sum, encode_sum
-from cluster.worker import Recipe, Worker
+from cluster.fleet import wire
+from cluster.fleet.messages import Assignment, Event
+from cluster.fleet.pool import LocalPool
+from cluster.fleet.recipe import Recipe
+from cluster.fleet.wire import decode_sum, encode_sum
+from cluster.fleet.worker import Worker
+from cluster.setup import catalog
+from cluster.training.aggregate import Tree
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
 from envs.base import TaskFamily
-from envs.glyphs import Glyphs
-from envs.images import Episodes
+from envs.images.episodes import Episodes
+from envs.images.glyphs import Glyphs
 from envs.sinusoid import Sinusoid
-from learners.adml import ADML
-from learners.adversarial_querying import AdversarialQuerying
-from learners.attack import Attack
+from learners.algorithms.adml import ADML
+from learners.algorithms.adversarial_querying import AdversarialQuerying
+from learners.algorithms.imaml import IMAML
+from learners.algorithms.maml import MAML
+from learners.algorithms.maml_plus_plus import MAMLPlusPlus
+from learners.algorithms.meta_curvature import MetaCurvature
+from learners.algorithms.meta_sgd import MetaSGD
+from learners.algorithms.proto_net import ProtoNet
+from learners.algorithms.reptile import Reptile
 from learners.base import Data, Learner, Meta, Params, Sum, pack
-from learners.execution import Execution
-from learners.imaml import IMAML
-from learners.maml import MAML
-from learners.maml_plus_plus import MAMLPlusPlus
-from learners.meta_curvature import MetaCurvature
-from learners.meta_sgd import MetaSGD
-from learners.models import MLP, Conv4, functional
-from learners.objectives import Supervised
-from learners.proto_net import ProtoNet
+from learners.engine.execution import Execution
+from learners.models.functional import functional
+from learners.models.networks import MLP, Conv4
+from learners.objectives.attack import Attack
+from learners.objectives.robustness import Robustness
+from learners.objectives.supervised import Supervised
+from learners.outer.descent import Descent
 from learners.purer.calibration import Calibration, DataFreeMAML
-from learners.reptile import Reptile
-from learners.robustness import Robustness
 
 ATTACK = Attack(0.05, low=-10.0, high=10.0)
 LEARNERS: dict[str, Learner] = {
@@ -71,7 +75,7 @@ class World:
     def recipe(self, learner: Learner, mode: str = "loop") -> Recipe:
         if isinstance(learner, ProtoNet) and self.objective.loss == "mse":
             pytest.skip("prototypes are of classes")
-        return Recipe(self.tasks, learner, self.objective, dtype="float64", evaluation_steps=2, execution=mode)
+        return Recipe(self.tasks, learner, self.objective, Descent(), dtype="float64", evaluation_steps=2, execution=mode)
 
     def meta(self, learner: Learner) -> Meta:
         meta = learner.init(self.objective.model.params(), np.random.default_rng(0))

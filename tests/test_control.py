@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from learners import policy_gradient as pg
-from learners import tree
+from learners.algorithms.maml import MAML
 from learners.base import Data, Meta, Params, pack, unpack
-from learners.control import Control
-from learners.execution import Execution
-from learners.maml import MAML
-from learners.models import GaussianMLP, functional
-from learners.trust_region import TrustRegion
+from learners.engine import tree
+from learners.engine.execution import Execution
+from learners.models.functional import functional
+from learners.models.networks import GaussianMLP
+from learners.objectives import policy_gradient as pg
+from learners.objectives.control import Control
+from learners.outer.trust_region import TrustRegion
 
 N, OBSERVATIONS, ACTIONS = 12, 3, 2
 

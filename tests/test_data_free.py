@@ -13,30 +13,36 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import assemble, config, guard, school, session, teachers, wire
-from cluster.aggregate import is_finite
-from cluster.checkpoint import Checkpoints
-from cluster.config import Run
-from cluster.driver import Driver, digest
-from cluster.evaluate import Evaluation
-from cluster.messages import Assignment
-from cluster.pool import LocalPool, Pool
+from cluster.fleet import wire
+from cluster.fleet.messages import Assignment
+from cluster.fleet.pool import LocalPool, Pool
+from cluster.operations import gradient_guard, launch, school
+from cluster.record.checkpoint import Checkpoints
+from cluster.setup import assemble, config, teachers
+from cluster.setup.data_free import teacher_pool
+from cluster.setup.resolve import resolved
+from cluster.setup.run import Run
+from cluster.training.aggregate import is_finite
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.identity import digest
 from envs import store
 from envs.base import HasFiles
-from envs.data_free import DataFree
-from envs.glyphs import Glyphs
+from envs.images.data_free import DataFree
+from envs.images.glyphs import Glyphs
+from learners.algorithms.maml import MAML
 from learners.base import Meta, Sum, pack
-from learners.maml import MAML
-from learners.models import Conv4, functional
-from learners.outer import Descent
+from learners.models.functional import functional
+from learners.models.networks import Conv4
+from learners.models.resnet import ResNet
+from learners.objectives.robustness import Robustness
+from learners.outer.descent import Descent
 from learners.purer.calibration import Calibration, DataFreeMAML
 from learners.purer.curriculum import Switch
 from learners.purer.inversion import FROZEN
 from learners.purer.objective import episode
 from learners.purer.outer import Purer
 from learners.purer.schooling import Schooling
-from learners.resnet import ResNet
-from learners.robustness import Robustness
 
 SMALL = Conv4(width=4, halving="pool", features="flat", norm_scale=True)
 
@@ -61,7 +67,7 @@ def data_free(folder: Path, **changes) -> Run:
     learner = DataFreeMAML(0.1, 2, calibration=Calibration(inversion_steps=2, steps=1))
     run = replace(run, task=task, model=SMALL, outer=outer, learner=learner, pool="local", meta_batch=2, shard=1, **changes)
     run.task.prepare()
-    return assemble.resolved(run)[0]
+    return resolved(run)[0]
 
 
 def trained(run: Run, directory: Path, pool: Pool | None = None, iterations: int = 6, hook=lambda d: None) -> Driver:
@@ -248,7 +254,7 @@ def test_gradients_of_images_that_are_not_finite_are_seen() -> None:
 @pytest.mark.timeout(180)
 def test_theta_and_images_are_the_same_on_any_fleet_and_after_a_kill(pool_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from cluster.ray_pool import RayPool
+    from cluster.fleet.ray_pool import RayPool
 
     run = data_free(pool_folder)
     wanted = bits(trained(run, tmp_path / "local"))
@@ -287,7 +293,7 @@ def test_the_command_that_began_a_run_goes_on_with_it(pool_folder: Path, tmp_pat
     few = Evaluation(every=3, validation_tasks=2, tasks=2, steps=1, pictures=0)
     run = replace(run, task=asked, outer=replace(run.outer, teachers=0), evaluation=few, execution="auto")
     for iterations in (2, 3):
-        session.train(replace(run, iterations=iterations), tmp_path / "r")
+        launch.train(replace(run, iterations=iterations), tmp_path / "r")
         assert Checkpoints(tmp_path / "r" / "checkpoints").newest().iteration == iterations
 
 
@@ -343,8 +349,8 @@ def test_two_data_sets_and_two_architectures_in_one_pool_train(pool_folder: Path
     both = data_free(pool_folder)
     pools = (str(pool_folder), str(tmp_path / "other"))
     both = replace(both, task=replace(both.task, pools=pools, teachers=0, teacher_ways=0, mean=(), std=()))
-    both = assemble.resolved(both)[0]
-    pool = assemble.teacher_pool(both.task)  # type: ignore[arg-type]
+    both = resolved(both)[0]
+    pool = teacher_pool(both.task)  # type: ignore[arg-type]
     assert [type(s).__name__ for s in pool.specs] == ["Conv4", "ResNet", "ResNet", "Conv4"]
     assert [bool(t.scale) for t in pool.teachers] == [False, False, True, True]
     driver = trained(both, tmp_path / "run", iterations=12)
@@ -387,7 +393,7 @@ def test_a_label_of_a_pseudo_episode_is_one_class_of_one_teacher(pool_folder: Pa
 def test_a_class_that_two_teachers_know_is_once_in_an_episode(pool_folder: Path) -> None:
     twice = data_free(pool_folder)
     twice = replace(twice, task=replace(twice.task, pools=(str(pool_folder), str(pool_folder)), ways=6))
-    task = assemble.resolved(twice)[0].task
+    task = resolved(twice)[0].task
     assert task.kinds == (0, 1, 2, 3, 4, 5) * 2
     met = set()
     for seed in range(20):
@@ -429,6 +435,6 @@ def test_impossible_data_free_runs_are_refused(pool_folder: Path) -> None:
     with pytest.raises(ValueError, match="teachers are float32"):
         assemble.recipe(replace(run, dtype="float64"))
     with pytest.raises(ValueError, match="check wants tasks with data"):
-        guard.check(run)
+        gradient_guard.check(run)
     with pytest.raises(ValueError, match="wants a data-free task"):
         Purer().verbs(MAML(), assemble.recipe(replace(config.load("glyphs"), execution="loop"))[0].objective)

@@ -19,13 +19,15 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import config, flags, tools
-from cluster.asynchronous import Asynchronous
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.policies import Synchronous
-from cluster.pool import LocalPool
-from cluster.prometheus import Exporter
+from cluster.commands import flags, tools
+from cluster.fleet.pool import LocalPool
+from cluster.results.prometheus import Exporter
+from cluster.setup import config
+from cluster.training.asynchronous import Asynchronous
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.ledger import COUNTS
+from cluster.training.synchronous import Synchronous
 from tests import kuberay
 from tests.fakes import quadratic_recipe, start
 
@@ -230,7 +232,7 @@ def test_every_metric_of_the_dashboard_is_exported(tmp_path: Path) -> None:
                evaluation=Evaluation(validation_tasks=2, tasks=2, steps=1, pictures=0)).run()  # fmt: skip
         for line in (directory / "metrics.jsonl").read_text().splitlines():
             tags |= {k: 1.0 for k in json.loads(line) if "/" in k}
-    exported = {sample.name for metric in Exporter(tags).collect() for sample in metric.samples}
+    exported = {sample.name for metric in Exporter(tags, COUNTS).collect() for sample in metric.samples}
     board = json.loads((DEPLOY / "kubernetes" / "components" / "prometheus" / "dashboard.json").read_text())
     wanted = {name for panel in board["panels"] for t in panel["targets"] for name in re.findall(r"metafleet_\w+", t["expr"])}
     assert len(wanted) > 15

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, config, doctor
-from cluster.asynchronous import Asynchronous
-from cluster.doctor import Node
-from cluster.worker import environment
+from cluster import cli
+from cluster.fleet.machine import environment
+from cluster.operations import doctor
+from cluster.operations.doctor import Node
+from cluster.setup import config
+from cluster.training.asynchronous import Asynchronous
 
 NOW = (time.time(), time.time() + 1)
 

@@ -12,17 +12,19 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from cluster import journal, seeds
-from cluster.checkpoint import Checkpointing, Checkpoints
-from cluster.dispatch import RunStopped
-from cluster.driver import Driver, digest
-from cluster.evaluate import Curves, Evaluation
-from cluster.messages import Contribution, Event, Failure
-from cluster.policies import Synchronous
-from cluster.pool import LocalPool, Pool
-from cluster.worker import Recipe
+from cluster.fleet import seeds
+from cluster.fleet.messages import Contribution, Event, Failure, RunStopped
+from cluster.fleet.pool import LocalPool, Pool
+from cluster.fleet.recipe import Recipe
+from cluster.record import journal
+from cluster.record.checkpoint import Checkpointing, Checkpoints
+from cluster.results.curves import Curves
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.identity import digest
+from cluster.training.synchronous import Synchronous
 from learners.base import Meta
-from learners.outer import Descent
+from learners.outer.descent import Descent
 from tests.fakes import Newton, Noisy, ScriptedPool, quadratic_recipe, shuffled, start
 
 FEW = Evaluation(every=4, validation_tasks=6, tasks=5, steps=2, pictures=0)

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
-from cluster import assemble, config, journal
-from cluster.driver import Driver, digest
-from cluster.evaluate import Evaluation
-from cluster.pool import LocalPool
+from cluster.fleet.pool import LocalPool
+from cluster.record import journal
+from cluster.setup import assemble, config
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.identity import digest
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from cluster.ray_pool import RayPool  # noqa: E402
+from cluster.fleet.ray_pool import RayPool  # noqa: E402
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 FEW = Evaluation(validation_tasks=0, tasks=8, steps=1, pictures=0)

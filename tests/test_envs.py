@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster import seeds
-from envs import omniglot, store
+from cluster.fleet import seeds
+from envs import store
 from envs.base import HasFiles, TaskFamily
-from envs.glyphs import Glyphs
-from envs.image_folder import ImageFolder
-from envs.images import Episodes
-from envs.omniglot import Omniglot
+from envs.images import omniglot
+from envs.images.episodes import Episodes
+from envs.images.glyphs import Glyphs
+from envs.images.image_folder import ImageFolder
+from envs.images.omniglot import Omniglot
 from envs.sinusoid import Sinusoid
 
 SMALL_GLYPHS = Glyphs(characters=40, drawings=12)

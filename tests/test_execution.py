@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import assemble, config, wire
-from cluster.messages import Assignment
-from cluster.worker import Worker
-from learners import execution
+from cluster.fleet import wire
+from cluster.fleet.messages import Assignment
+from cluster.fleet.worker import Worker
+from cluster.setup import assemble, config
+from cluster.setup.run import Run
 from learners.base import pack
-from learners.derivative import transforms
-from learners.execution import Execution, choose
+from learners.engine import execution
+from learners.engine.derivative import transforms
+from learners.engine.execution import Execution, choose
 
 LEARNERS = ["maml", "reptile"]
 
 
-def stacked(run: config.Run, tasks: int):
+def stacked(run: Run, tasks: int):
     parts, params = assemble.recipe(replace(run, execution="loop", dtype="float64"))
     verb = parts.verbs(parts.objective)["gradient"]
     data = [parts.tensors(parts.task("train", i, verb)) for i in range(tasks)]

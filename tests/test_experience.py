@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.experience import Experience
-from cluster.messages import Assignment
-from cluster.policies import Deadlines
+from cluster.fleet.messages import Assignment
+from cluster.fleet.placement import Deadlines, Experience
 
 
 def shard(ticket: int, attempt: int = 0, start: int = 0, verb: str = "gradient") -> Assignment:

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("mujoco")
-from cluster import assemble, config, pictures
-from cluster.monitor import Monitor
-from envs import rendering
-from envs.bodies import BODIES, load
+from cluster.results import pictures
+from cluster.results.monitor import Monitor
+from cluster.setup import assemble, config
+from envs.control import rendering
+from envs.control.bodies import BODIES, load
 from learners.base import Meta
 
 
@@ -64,7 +65,7 @@ def test_a_film_strip_and_an_animation_per_task(tmp_path: Path) -> None:
 
 
 def test_navigation_draws_paths_to_the_goal(tmp_path: Path) -> None:
-    from envs.navigation import Navigation
+    from envs.control.navigation import Navigation
 
     goals = [{"goal": np.array([0.4, -0.3])}, {"goal": np.array([-0.2, 0.1])}]
     predict = [lambda x, g=task["goal"]: [0 * x, 10 * (g - x)] for task in goals]

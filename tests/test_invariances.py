@@ -8,16 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.aggregate import Tree
-from cluster.messages import Assignment
-from cluster.wire import decode_sum, encode_sum
+from cluster.fleet.messages import Assignment
+from cluster.fleet.wire import decode_sum, encode_sum
+from cluster.training.aggregate import Tree
+from learners.algorithms.maml import MAML
+from learners.algorithms.reptile import Reptile
 from learners.base import Meta, pack
-from learners.execution import Execution
-from learners.maml import MAML
-from learners.models import MLP, functional
-from learners.objectives import Supervised
-from learners.outer import Descent
-from learners.reptile import Reptile
+from learners.engine.execution import Execution
+from learners.models.functional import functional
+from learners.models.networks import MLP
+from learners.objectives.supervised import Supervised
+from learners.outer.descent import Descent
 from learners.verbs import standard
 from tests.quadratics import Quadratic, QuadraticTasks
 

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from cluster.checkpoint import Checkpoints
+from cluster.record.checkpoint import Checkpoints
 from tests import hosts
 
 pytest.importorskip("ray")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from envs.bodies import BODIES, GOALS, RANDOM, load
-from envs.locomotion import Locomotion, LocomotionWorld
-from envs.navigation import Navigation, PointWorld
-from envs.planar import PlanarWorld
-from envs.rollout import collect, collect_finished
+from envs.control.bodies import BODIES, GOALS, RANDOM, load
+from envs.control.locomotion import Locomotion
+from envs.control.navigation import Navigation, PointWorld
+from envs.control.planar import PlanarWorld
+from envs.control.rollout import collect, collect_finished
+from envs.control.world import LocomotionWorld
 
 gymnasium = pytest.importorskip("gymnasium")
 mujoco = pytest.importorskip("mujoco")

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from cluster import cli
-from cluster.checkpoint import Checkpoints
-from cluster.driver import digest
+from cluster.record.checkpoint import Checkpoints
+from cluster.training.identity import digest
 from tests.commands import HELD_OUT, SIZE, TINY, metafleet, refusal
 
 

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learners.kernels import BatchNorm, PatchConv, Statistics
-from learners.models import MLP, Conv4, Functional, functional
-from learners.objectives import Supervised
+from learners.models.convolution import PatchConv
+from learners.models.functional import Functional, functional
+from learners.models.networks import MLP, Conv4
+from learners.models.normalisation import BatchNorm, Statistics
+from learners.objectives.supervised import Supervised
 
 torch.manual_seed(0)
 

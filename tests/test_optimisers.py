@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learners.optimisers import SGD, Adam, clip_by_norm, clip_by_value, scheduled
-from learners.reptile import minibatches
+from learners.algorithms.reptile import minibatches
+from learners.engine.optimisers import SGD, Adam, clip_by_norm, clip_by_value, scheduled
 
 
 def start(value: float) -> dict[str, torch.Tensor]:

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from learners.algorithms.imaml import IMAML
+from learners.algorithms.maml import MAML
+from learners.algorithms.maml_plus_plus import MAMLPlusPlus, multi_step_weights
+from learners.algorithms.meta_curvature import MetaCurvature, precondition
+from learners.algorithms.meta_sgd import MetaSGD
+from learners.algorithms.reptile import Reptile
 from learners.base import Data, Learner, Meta, Params, pack, unpack
-from learners.derivative import differentiate
-from learners.execution import Execution
-from learners.imaml import IMAML
-from learners.maml import MAML
-from learners.maml_plus_plus import MAMLPlusPlus, multi_step_weights
-from learners.meta_curvature import MetaCurvature, precondition
-from learners.meta_sgd import MetaSGD
-from learners.outer import Descent
-from learners.reptile import Reptile
+from learners.engine.derivative import differentiate
+from learners.engine.execution import Execution
+from learners.outer.descent import Descent
 from learners.verbs import standard
 from tests.quadratics import ALPHA, SCALAR, T1, T2, THETA, Quadratic, stack, tensors
 

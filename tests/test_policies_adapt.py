@@ -9,23 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import assemble, config, guard
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.pool import LocalPool
-from learners import policy_gradient as pg
-from learners import tree
+from cluster.fleet.pool import LocalPool
+from cluster.operations import gradient_guard
+from cluster.setup import assemble, config
+from cluster.setup.run import Run
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from learners.algorithms.maml import MAML
 from learners.base import Meta, Params, pack
-from learners.control import Control
-from learners.execution import Execution
-from learners.maml import MAML
-from learners.optimisers import Adam
-from learners.proximal import ProMP
+from learners.engine import tree
+from learners.engine.execution import Execution
+from learners.engine.optimisers import Adam
+from learners.objectives import policy_gradient as pg
+from learners.objectives.control import Control
+from learners.outer.proximal import ProMP
 from learners.verbs import standard
 from tests.test_control import N, directions, policy, recorded, slope
 
 
-def small(**choices: str) -> config.Run:
+def small(**choices: str) -> Run:
     run = config.load("navigation", {k.replace("_", ".", 1): v for k, v in choices.items()})
     task = replace(run.task, rollouts=3, horizon=15, test_steps=60)
     return replace(
@@ -93,7 +95,7 @@ def test_a_run_moves_theta_and_reports_returns(learner: str, outer: str, tmp_pat
 @pytest.mark.parametrize("outer", ["trust_region", "promp"])
 def test_the_guard_checks_policies(learner: str, outer: str) -> None:
     run = small(outer_name=outer, learner_name=learner)
-    verdict = guard.check(replace(run, control=replace(run.control, inner_loss="likelihood_ratio", exploration=0.3)))
+    verdict = gradient_guard.check(replace(run, control=replace(run.control, inner_loss="likelihood_ratio", exploration=0.3)))
     assert verdict.holds, verdict.sentence
     assert "second order" in verdict.sentence
     assert "mean over tasks" in verdict.sentence
@@ -101,7 +103,9 @@ def test_the_guard_checks_policies(learner: str, outer: str) -> None:
 
 def test_the_guard_checks_dice() -> None:
     run = small()
-    verdict = guard.check(replace(run, control=replace(run.control, inner_loss="dice"), outer=replace(run.outer, curvature_every=1)))
+    verdict = gradient_guard.check(
+        replace(run, control=replace(run.control, inner_loss="dice"), outer=replace(run.outer, curvature_every=1))
+    )
     assert verdict.holds, verdict.sentence
 
 
@@ -110,7 +114,7 @@ def test_the_guard_would_find_a_wrong_exploration_term(monkeypatch: pytest.Monke
     run = replace(run, control=replace(run.control, inner_loss="likelihood_ratio", exploration=0.3))
     real = Control.before
     monkeypatch.setattr(Control, "before", lambda self, theta, data: real(self, tree.apply(torch.Tensor.detach, theta), data))
-    assert not guard.check(run).holds
+    assert not gradient_guard.check(run).holds
 
 
 @pytest.mark.parametrize("outer", ["trust_region", "promp"])

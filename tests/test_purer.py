@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from learners.algorithms.maml import MAML
+from learners.algorithms.proto_net import ProtoNet
 from learners.base import Meta, pack
-from learners.derivative import differentiate
-from learners.kernels import BATCH, BatchNorm
-from learners.maml import MAML
-from learners.models import MLP, Conv4, functional
-from learners.proto_net import ProtoNet
+from learners.engine.derivative import differentiate
+from learners.models.functional import functional
+from learners.models.networks import MLP, Conv4
+from learners.models.normalisation import BATCH, BatchNorm
 from learners.purer.calibration import Calibration, DataFreeMAML, contrastive
 from learners.purer.curriculum import Switch
 from learners.purer.inversion import FROZEN, Inversion, Teacher, feature_distance, norm, roll, total_variation

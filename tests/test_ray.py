@@ -14,21 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import assemble, config, journal
-from cluster.asynchronous import Asynchronous
-from cluster.checkpoint import Checkpoints
-from cluster.driver import Driver, digest
-from cluster.evaluate import Evaluation
-from cluster.ledger import ENDS
-from cluster.policies import Deadlines
-from cluster.pool import LocalPool
-from cluster.replay import replay, steps
+from cluster.fleet.placement import Deadlines
+from cluster.fleet.pool import LocalPool
+from cluster.operations.replay import replay, steps
+from cluster.record import journal
+from cluster.record.checkpoint import Checkpoints
+from cluster.setup import assemble, config
+from cluster.setup.run import Run
+from cluster.training.asynchronous import Asynchronous
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.identity import digest
+from cluster.training.ledger import ENDS
 from learners.base import Meta
-from learners.outer import Descent
+from learners.outer.descent import Descent
 from tests.fakes import Newton, Noisy, quadratic_recipe, start
 
 ray = pytest.importorskip("ray")
-from cluster.ray_pool import RayPool, _Actor  # noqa: E402 - only where Ray is installed
+from cluster.fleet.ray_pool import RayPool, _Actor  # noqa: E402 - only where Ray is installed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 FEW = Evaluation(every=10, validation_tasks=8, tasks=8, steps=2, pictures=0)
@@ -36,7 +39,7 @@ FEW = Evaluation(every=10, validation_tasks=8, tasks=8, steps=2, pictures=0)
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    from cluster import ray_fleet
+    from cluster.fleet import ray_fleet
 
     owned = ray_fleet.join("local", 3, 0)
     yield
@@ -44,7 +47,7 @@ def _ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def sinusoid(tmp_path: Path) -> config.Run:
+def sinusoid(tmp_path: Path) -> Run:
     run = config.load("sinusoid")
     return replace(run, iterations=30, meta_batch=16, shard=4, execution="vmap")
 
@@ -145,7 +148,7 @@ def test_a_frozen_worker_is_replaced_after_its_deadline(tmp_path: Path, referenc
     assert gone(frozen[0], 15), "the frozen process is still there"
 
 
-def navigation() -> config.Run:
+def navigation() -> Run:
     run = config.load("navigation")
     task = replace(run.task, rollouts=3, horizon=15, test_steps=30)
     return replace(run, task=task, execution="loop", meta_batch=6, shard=2, model=replace(run.model, hidden=(8,)))
@@ -268,8 +271,8 @@ def test_a_killed_driver_resumes_on_another_number_of_workers(tmp_path: Path) ->
 
 def test_a_node_without_the_data_gets_it_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from envs import store
-    from envs.glyphs import Glyphs
-    from envs.images import Episodes
+    from envs.images.episodes import Episodes
+    from envs.images.glyphs import Glyphs
 
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     monkeypatch.setenv("METAFLEET_DATA", str(mine))
@@ -301,7 +304,7 @@ def test_a_worker_whose_code_raises_says_what(tmp_path: Path) -> None:
 
 
 def test_losing_every_worker_late_in_a_run_only_costs_time(tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster import ray_pool
+    from cluster.fleet import ray_pool
 
     monkeypatch.setattr(ray_pool, "START_SECONDS", 15.0)  # shorter than the run, longer than a start
     killed: list[int] = []

@@ -49,7 +49,7 @@ def test_a_gymnasium_environment_becomes_tasks(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_ones_own_model_and_tasks_learn_on_ray_to_the_same_numbers(tmp_path: Path) -> None:
     shorter = EXAMPLES["own.py"].replace("iterations=200", "iterations=20")
-    on_ray = shorter.replace("from cluster.pool import LocalPool", "from cluster.ray_pool import RayPool")
+    on_ray = shorter.replace("from cluster.fleet.pool import LocalPool", "from cluster.fleet.ray_pool import RayPool")
     on_ray = on_ray.replace("LocalPool(recipe) ", "RayPool(recipe, workers=2) ").replace("runs/parabolas", "runs/on-ray")
     for name, program in (("local", shorter), ("ray", on_ray)):
         seeded = program.replace("from torch import nn", "import torch\nfrom torch import nn\ntorch.manual_seed(0)")
@@ -85,4 +85,4 @@ def test_every_file_of_the_map_exists() -> None:
     tree = README.partition("envs/       what")[2].partition("```")[0]
     root = Path(__file__).parents[1]
     for name in re.findall(r"(\w+\.py)", tree):
-        assert list(root.glob(f"*/{name}")), name
+        assert list(root.rglob(name)), name

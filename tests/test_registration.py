@@ -15,13 +15,13 @@ gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("mujoco")
 from gymnasium.utils.env_checker import check_env  # noqa: E402
 
-from cluster import assemble, config  # noqa: E402
-from cluster.driver import Driver  # noqa: E402
-from cluster.evaluate import Evaluation  # noqa: E402
-from cluster.pool import LocalPool  # noqa: E402
-from envs.gymnasium_tasks import GymnasiumTasks  # noqa: E402
+from cluster.fleet.pool import LocalPool  # noqa: E402
+from cluster.setup import assemble, config  # noqa: E402
+from cluster.training.driver import Driver  # noqa: E402
+from cluster.training.evaluation import Evaluation  # noqa: E402
+from envs.control.gymnasium_tasks import GymnasiumTasks  # noqa: E402
 from envs.registration import ids  # noqa: E402
-from learners.outer import Descent  # noqa: E402
+from learners.outer.descent import Descent  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ids())

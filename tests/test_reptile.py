@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from learners.algorithms.reptile import Reptile
 from learners.base import Meta, pack, unpack
-from learners.execution import Execution
-from learners.outer import Descent
-from learners.reptile import Reptile
+from learners.engine.execution import Execution
+from learners.outer.descent import Descent
 from learners.verbs import standard
 from tests.quadratics import ALPHA, T1, T2, THETA, Quadratic, QuadraticTasks, stack
 

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from cluster import assemble, config, flags, wire, worker
 from cluster.cli import main
-from cluster.messages import Assignment
-from cluster.policies import idle
-from cluster.scale import Experiment, Measured, Point, _sized, measure, rows, smoothed, time_to, together
-from cluster.scale_report import page, plot
-from cluster.worker import Worker
+from cluster.commands import flags
+from cluster.fleet import wire, worker
+from cluster.fleet.messages import Assignment
+from cluster.fleet.worker import Worker
+from cluster.operations.scale import Experiment, Measured, Point, _sized, measure, rows, smoothed, time_to, together
+from cluster.operations.scale_report import page, plot
+from cluster.setup import assemble, config
+from cluster.training.policy import idle
 from learners.base import pack
 
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from learners.algorithms.maml import MAML
 from learners.base import Data, Meta, Params, pack, unpack
-from learners.execution import Execution
-from learners.kernels import BatchNorm
-from learners.maml import MAML
-from learners.models import Functional, functional
-from learners.objectives import Supervised
+from learners.engine.execution import Execution
+from learners.models.functional import Functional, functional
+from learners.models.normalisation import BatchNorm
+from learners.objectives.supervised import Supervised
 from learners.verbs import standard
 
 NORMS = ("transductive", "support_plus_one", "support_statistics", "frozen")

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster import journal, storage
-from cluster.checkpoint import Checkpointing, Checkpoints
-from cluster.driver import Driver, digest
-from cluster.journal import Journal
-from cluster.lease import Fenced, Lease
-from cluster.pool import LocalPool
-from cluster.storage import Mirror, Place
+from cluster.fleet.pool import LocalPool
+from cluster.record import journal, storage
+from cluster.record.checkpoint import Checkpointing, Checkpoints
+from cluster.record.journal import Journal
+from cluster.record.lease import Fenced, Lease
+from cluster.record.mirror import Mirror
+from cluster.record.storage import Place
+from cluster.training.driver import Driver
+from cluster.training.identity import digest
 from tests.fakes import Noisy, quadratic_recipe, start
 from tests.test_checkpoint import state
 from tests.test_driver import FEW, run
@@ -193,7 +195,7 @@ def test_what_a_store_does_not_take_at_the_end_stays_here(store: Place, monkeypa
         raise ConnectionError("503")
 
     monkeypatch.setattr(store.fs, "pipe_file", full)  # type: ignore[union-attr]
-    monkeypatch.setattr(storage.Mirror._copy_last.retry, "wait", lambda state: 0.0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(Mirror._copy_last.retry, "wait", lambda state: 0.0)  # type: ignore[attr-defined]
     with pytest.raises(OSError, match="does not take this run's last files"):
         mirror.close()
     assert (mirror.local / "evaluation.json").read_bytes() == b"{}"

@@ -11,17 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import assemble, config, journal, wire
-from cluster.asynchronous import Asynchronous
-from cluster.dispatch import RunStopped
-from cluster.driver import Driver, digest
-from cluster.evaluate import Evaluation
-from cluster.messages import Contribution, Event, Lost, Vector
-from cluster.policies import Policy
-from cluster.pool import LocalPool
-from cluster.worker import Recipe
+from cluster.fleet import wire
+from cluster.fleet.messages import Contribution, Event, Lost, RunStopped, Vector
+from cluster.fleet.pool import LocalPool
+from cluster.fleet.recipe import Recipe
+from cluster.record import journal
+from cluster.setup import assemble, config
+from cluster.training.asynchronous import Asynchronous
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.identity import digest
+from cluster.training.policy import Policy
 from learners.base import Meta
-from learners.models import MLP
+from learners.models.networks import MLP
 from tests.fakes import Newton, ScriptedPool, quadratic_recipe, start
 
 FEW = Evaluation(every=100, validation_tasks=0, tasks=4, steps=1, pictures=0)
@@ -123,7 +125,7 @@ def test_what_a_run_carries_on_is_not_rounded(tmp_path: Path) -> None:
 @pytest.mark.timeout(180)
 def test_a_ray_fleet_that_adds_by_itself_gives_the_drivers_bits(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    from cluster.ray_pool import RayPool
+    from cluster.fleet.ray_pool import RayPool
 
     run = replace(config.load("sinusoid"), execution="vmap", model=MLP(hidden=(240, 240)))  # 233 KB: no longer part of the answer
     parts, params = assemble.recipe(run)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.checkpoint import Checkpoints
+from cluster.record.checkpoint import Checkpoints
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 ROOT = Path(__file__).parents[1]

@@ -11,10 +11,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster import runs
-from cluster.asynchronous import Asynchronous
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
+from cluster.operations import existing_run
+from cluster.training.asynchronous import Asynchronous
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
 from tests.fakes import quadratic_recipe, start
 from tests.test_asynchronous import LatePool
 
@@ -61,7 +61,7 @@ def test_an_asynchronous_run_shows_staleness_shares_queue_and_fleet(tmp_path: Pa
     assert "joined: local" in events.Tensors("fleet/text_summary")[0].tensor_proto.string_val[0].decode()
     assert any(line["kind"] == "fleet" and "joined: local" in line["event"] for line in lines)
 
-    table = runs.status(tmp_path)
+    table = existing_run.status(tmp_path)
     rows = dict(zip(table.columns[0]._cells, table.columns[1]._cells, strict=True))
     assert rows["state"] == "finished"
     assert "26 applied" in rows["tickets"]  # two of them of test tasks
@@ -70,7 +70,7 @@ def test_an_asynchronous_run_shows_staleness_shares_queue_and_fleet(tmp_path: Pa
 
 def test_a_port_that_is_taken_is_one_sentence(tmp_path: Path) -> None:
     recipe = quadratic_recipe()
-    from cluster.pool import LocalPool
+    from cluster.fleet.pool import LocalPool
 
     with socket.socket() as s:
         s.bind(("", 0))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cluster import wire
-from cluster.messages import Assignment
+from cluster.fleet import wire
+from cluster.fleet.messages import Assignment
 from learners.base import Sum
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, max_side=5)

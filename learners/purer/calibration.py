@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.base import Arrays
-from learners import tree
+from learners.algorithms.maml import MAML
 from learners.base import Data, Learner, Meta, Objective, Params
-from learners.derivative import differentiate
+from learners.engine import tree
+from learners.engine.derivative import differentiate
+from learners.engine.optimisers import Adam
 from learners.inner import partition
-from learners.maml import MAML
-from learners.objectives import Supervised
-from learners.optimisers import Adam
+from learners.objectives.supervised import Supervised
 from learners.purer.inversion import norm, total_variation
 
 HEAD = ("head*",)

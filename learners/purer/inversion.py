@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learners.base import Metrics, Params
-from learners.kernels import Statistics
-from learners.models import Functional
+from learners.models.functional import Functional
+from learners.models.normalisation import Statistics
 
 FROZEN = Statistics("frozen")
 

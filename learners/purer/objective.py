@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learners.base import Data
-from learners.objectives import Supervised
+from learners.objectives.supervised import Supervised
 from learners.purer.inversion import Teacher
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from envs.base import ADVERSARY, TEACHERS
-from learners import tree
+from learners.algorithms.maml import MAML
 from learners.base import CARRIED, Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, unpack
-from learners.derivative import differentiate, differentiate_with
+from learners.engine import tree
+from learners.engine.derivative import differentiate, differentiate_with
+from learners.engine.optimisers import Adam
 from learners.inner import InnerLoop, is_plain
-from learners.maml import MAML
-from learners.optimisers import Adam
-from learners.outer import Descent
+from learners.outer.descent import Descent
 from learners.purer.curriculum import Switch
 from learners.purer.inversion import Inversion
 from learners.purer.objective import DataFree, episode

@@ -13,13 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cluster.asynchronous import Asynchronous
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.journal import Journal
-from cluster.lease import Lease
-from cluster.ledger import Ledger
-from cluster.policies import Policy, Synchronous
+from cluster.record.journal import Journal
+from cluster.record.lease import Lease
+from cluster.training.asynchronous import Asynchronous
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.ledger import Ledger
+from cluster.training.policy import Policy
+from cluster.training.synchronous import Synchronous
 from tests.bench.timing import machine, quiet
 from tests.fakes import SleepyPool, quadratic_recipe, start
 

@@ -22,15 +22,16 @@ import numpy as np
 import ray
 import torch
 
-from cluster import wire
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.messages import Assignment
-from cluster.ray_pool import RETURNED_INLINE, RayPool
-from cluster.worker import Recipe, environment
+from cluster.fleet import wire
+from cluster.fleet.machine import environment
+from cluster.fleet.messages import Assignment
+from cluster.fleet.ray_pool import RETURNED_INLINE, RayPool
+from cluster.fleet.recipe import Recipe
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from learners.algorithms.maml import MAML
 from learners.base import Params, Sum, pack
-from learners.maml import MAML
-from learners.outer import Descent
+from learners.outer.descent import Descent
 from tests.bench.timing import machine, quiet
 from tests.quadratics import Quadratic, QuadraticTasks
 

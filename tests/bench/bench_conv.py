@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from learners import kernels
+from learners.algorithms.maml import MAML
 from learners.base import pack
-from learners.execution import Execution
-from learners.maml import MAML
-from learners.models import Conv4, functional
-from learners.objectives import Supervised
+from learners.engine.execution import Execution
+from learners.engine.memory import channels_last
+from learners.models.functional import functional
+from learners.models.networks import Conv4
+from learners.objectives.supervised import Supervised
 from learners.verbs import standard
 from tests.bench.timing import machine, medians, quiet, ratios
 
@@ -62,7 +63,7 @@ def main() -> None:
     fine = True
     for order, wanted in ((2, 1.35), (1, 1.5)):
         run = standard(MAML(LR, 1, order=order), Supervised(ours, "cross_entropy"), 1)["gradient"].run
-        at = {k: kernels.channels_last(v) for k, v in pack(ours.params(), {}).items()}
+        at = {k: channels_last(v) for k, v in pack(ours.params(), {}).items()}
         candidates = {
             "plain loop": lambda order=order: plain(net, data, order),
             "metafleet loop": lambda run=run, at=at: Execution("loop").run(run, at, {}, data),

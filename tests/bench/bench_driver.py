@@ -7,13 +7,15 @@ import tempfile
 import numpy as np
 import torch
 
-from cluster import wire
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.messages import Assignment, Contribution, Event, FleetEvent
-from cluster.worker import Recipe, environment
+from cluster.fleet import wire
+from cluster.fleet.machine import environment
+from cluster.fleet.messages import Assignment, Contribution, Event, FleetEvent
+from cluster.fleet.recipe import Recipe
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from learners.algorithms.maml import MAML
 from learners.base import Params
-from learners.maml import MAML
+from learners.outer.descent import Descent
 from tests.bench import timing
 from tests.bench.timing import machine, quiet
 from tests.quadratics import Quadratic, QuadraticTasks
@@ -65,7 +67,7 @@ def main() -> None:
 
 def measure(size: int, contributions: int, iterations: int) -> float:
     params = {f"p{i}": torch.zeros(size // 10) for i in range(10)}
-    recipe = Recipe(QuadraticTasks(), MAML(), Quadratic())
+    recipe = Recipe(QuadraticTasks(), MAML(), Quadratic(), Descent())
     driver = Driver(recipe, params, Instant(params), tempfile.mkdtemp(), iterations=iterations + 1, meta_batch=contributions, shard=1,
                     evaluation=Evaluation(every=10**9, tasks=1, validation_tasks=1, steps=0, pictures=0))  # fmt: skip
     return timing.iteration_seconds(driver, leave_out=1)

@@ -11,12 +11,13 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # compile times are 
 
 import torch
 
-from learners import execution
+from learners.algorithms.maml import MAML
 from learners.base import pack
-from learners.execution import Execution, choose
-from learners.maml import MAML
-from learners.models import MLP, Conv4, functional
-from learners.objectives import Supervised
+from learners.engine import execution
+from learners.engine.execution import Execution, choose
+from learners.models.functional import functional
+from learners.models.networks import MLP, Conv4
+from learners.objectives.supervised import Supervised
 from learners.verbs import standard
 from tests.bench.timing import machine, medians, quiet
 

@@ -12,19 +12,20 @@ import sys
 import numpy as np
 import torch
 
-from learners.adml import ADML
-from learners.adversarial_querying import AdversarialQuerying
-from learners.attack import Attack
+from learners.algorithms.adml import ADML
+from learners.algorithms.adversarial_querying import AdversarialQuerying
+from learners.algorithms.imaml import IMAML
+from learners.algorithms.maml import MAML
+from learners.algorithms.maml_plus_plus import MAMLPlusPlus
+from learners.algorithms.meta_curvature import MetaCurvature
+from learners.algorithms.meta_sgd import MetaSGD
+from learners.algorithms.reptile import Reptile
 from learners.base import Data, Learner, pack
-from learners.execution import Execution, Mode
-from learners.imaml import IMAML
-from learners.maml import MAML
-from learners.maml_plus_plus import MAMLPlusPlus
-from learners.meta_curvature import MetaCurvature
-from learners.meta_sgd import MetaSGD
-from learners.models import MLP, Conv4, Functional, ModelSpec, functional
-from learners.objectives import Supervised
-from learners.reptile import Reptile
+from learners.engine.execution import Execution, Mode
+from learners.models.functional import Functional, functional
+from learners.models.networks import MLP, Conv4, ModelSpec
+from learners.objectives.attack import Attack
+from learners.objectives.supervised import Supervised
 from learners.verbs import standard
 from tests.bench.timing import machine, medians, quiet
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import ray
 
-from cluster import assemble, config
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.ray_pool import RayPool
+from cluster.fleet.ray_pool import RayPool
+from cluster.setup import assemble, config
+from cluster.setup.resolve import resolved
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
 from tests.bench.timing import machine
 
 GROWTH = 0.02  # allowed after the first 500 iterations
@@ -44,7 +45,7 @@ def main() -> None:
     iterations = arguments.parse_args().iterations
     print(machine())
     run = replace(config.load("sinusoid"), iterations=iterations, meta_batch=50, shard=25)
-    run, _ = assemble.resolved(run)
+    run, _ = resolved(run)
     parts, params = assemble.recipe(run)
     pool = RayPool(parts, 2)
     samples: list[dict[str, float]] = []

@@ -17,14 +17,15 @@ import mujoco
 import numpy as np
 import torch
 
-from cluster import assemble, config
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.policies import Step
-from cluster.pool import LocalPool
-from envs.bodies import BODIES, load
+from cluster.fleet.pool import LocalPool
+from cluster.setup import assemble, config
+from cluster.setup.run import Run
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from cluster.training.policy import Step
+from envs.control.bodies import BODIES, load
 from learners.base import pack
-from learners.execution import Execution
+from learners.engine.execution import Execution
 from tests.bench.timing import machine, medians, quiet
 
 TASKS = 4
@@ -32,12 +33,12 @@ WANTED = 1.5
 ITERATIONS = 4
 
 
-def cheetah() -> config.Run:
+def cheetah() -> Run:
     run = config.load("half-cheetah-direction-trpo")
     return replace(run, pool="local", execution="loop", meta_batch=TASKS, shard=TASKS, iterations=ITERATIONS)
 
 
-def products(run: config.Run) -> bool:
+def products(run: Run) -> bool:
     """Seconds per task of the verbs at one θ."""
     parts, params = assemble.recipe(run)
     verbs, execution, at = parts.verbs(parts.objective), Execution("loop"), pack(params, {})
@@ -83,7 +84,7 @@ def bare_physics(steps: int, copies: int = 200) -> float:
     return medians({"bare": run}, 5)["bare"] / (50 * copies) * steps
 
 
-def breakdown(run: config.Run) -> None:
+def breakdown(run: Run) -> None:
     """Where a meta-iteration's time goes, beside the least that each part could take."""
     parts, params = assemble.recipe(run)
     with TemporaryDirectory() as folder:

@@ -14,17 +14,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cluster import config, wire
-from cluster.messages import Assignment
-from cluster.worker import Recipe, Worker
-from envs.data_free import DataFree
-from learners import kernels
+from cluster.fleet import wire
+from cluster.fleet.messages import Assignment
+from cluster.fleet.recipe import Recipe
+from cluster.fleet.worker import Worker
+from cluster.setup import config
+from envs.images.data_free import DataFree
 from learners.base import pack
-from learners.models import Conv4, functional
-from learners.optimisers import Adam
+from learners.engine.optimisers import Adam
+from learners.models import normalisation
+from learners.models.functional import functional
+from learners.models.networks import Conv4
+from learners.models.resnet import ResNet
 from learners.purer.inversion import Teacher
 from learners.purer.objective import DataFree as Objective
-from learners.resnet import ResNet
 from tests.bench.timing import machine, medians, quiet
 
 TEACHERS, WAYS, EPISODES = 8, 5, 4
@@ -35,7 +38,7 @@ def plain(module: nn.Module) -> nn.Module:
     found = copy.deepcopy(module)
     for name, child in list(found.named_modules()):
         for key, layer in list(child.named_children()):
-            if isinstance(layer, kernels.BatchNorm):
+            if isinstance(layer, normalisation.BatchNorm):
                 setattr(found.get_submodule(name), key, nn.BatchNorm2d(layer.running_mean.numel()))  # type: ignore[union-attr, operator]
     return found.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 

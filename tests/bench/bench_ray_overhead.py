@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation
-from cluster.pool import LocalPool
-from cluster.ray_pool import RayPool
-from cluster.worker import Recipe
+from cluster.fleet.pool import LocalPool
+from cluster.fleet.ray_pool import RayPool
+from cluster.fleet.recipe import Recipe
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation
+from learners.algorithms.maml import MAML
 from learners.base import Data, Gradient, Meta, Objective
-from learners.maml import MAML
+from learners.outer.descent import Descent
 from tests.bench import timing
 from tests.bench.timing import machine, quiet
 from tests.quadratics import Quadratic, QuadraticTasks
@@ -65,7 +66,7 @@ def main() -> None:
     print(machine())
     fine = True
     for seconds, iterations in ((0.01, 100), (0.1, 20), (1.0, 4)):
-        recipe = Recipe(QuadraticTasks(1), Busy(seconds), Nothing(), evaluation_steps=0)
+        recipe = Recipe(QuadraticTasks(1), Busy(seconds), Nothing(), Descent(), evaluation_steps=0)
         local, ray = (iteration_seconds(pool, recipe, iterations) for pool in (LocalPool(recipe), RayPool(recipe, 1)))
         cost = ray / local - 1
         bar = WANTED.get(seconds)

@@ -10,12 +10,13 @@ import mujoco
 import numpy as np
 import torch
 
-from envs.bodies import BODIES, GOALS, BodyName, load
-from envs.locomotion import LocomotionWorld
-from envs.planar import PlanarWorld
-from envs.rollout import collect
-from learners.control import Control
-from learners.models import GaussianMLP, functional
+from envs.control.bodies import BODIES, GOALS, BodyName, load
+from envs.control.planar import PlanarWorld
+from envs.control.rollout import collect
+from envs.control.world import LocomotionWorld
+from learners.models.functional import functional
+from learners.models.networks import GaussianMLP
+from learners.objectives.control import Control
 from tests.bench.timing import machine, medians, quiet
 
 TASKS, ROLLOUTS, HORIZON = 10, 20, 100

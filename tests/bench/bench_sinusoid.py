@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from learners.algorithms.maml import MAML
 from learners.base import pack
-from learners.execution import Execution
-from learners.maml import MAML
-from learners.models import MLP, functional
-from learners.objectives import Supervised
+from learners.engine.execution import Execution
+from learners.models.functional import functional
+from learners.models.networks import MLP
+from learners.objectives.supervised import Supervised
 from learners.verbs import standard
 from tests.bench.timing import machine, medians, quiet, ratios
 

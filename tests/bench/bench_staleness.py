@@ -11,16 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cluster import assemble, config
-from cluster.asynchronous import Asynchronous
-from cluster.checkpoint import State
-from cluster.dispatch import Dispatcher
-from cluster.driver import Driver
-from cluster.evaluate import Evaluation, Pending
-from cluster.journal import Unwritten
-from cluster.ledger import Ledger
-from cluster.policies import Policy, Synchronous
-from cluster.pool import LocalPool
+from cluster.fleet.pool import LocalPool
+from cluster.record.checkpoint import State
+from cluster.record.journal import Unwritten
+from cluster.setup import assemble, config
+from cluster.training.asynchronous import Asynchronous
+from cluster.training.dispatch import Dispatcher
+from cluster.training.driver import Driver
+from cluster.training.evaluation import Evaluation, Pending
+from cluster.training.ledger import Ledger
+from cluster.training.policy import Policy
+from cluster.training.synchronous import Synchronous
 from tests.bench.timing import machine, quiet
 
 STALENESS, TASKS = 8, 25

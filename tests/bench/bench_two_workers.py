@@ -14,12 +14,12 @@ from dataclasses import replace
 import mujoco
 import numpy as np
 
-from cluster import assemble, config
-from cluster.dispatch import Dispatcher, Shards
-from cluster.journal import Unwritten
-from cluster.ledger import Ledger
-from cluster.ray_pool import RayPool
-from envs.bodies import BODIES, BodyName, load
+from cluster.fleet.ray_pool import RayPool
+from cluster.record.journal import Unwritten
+from cluster.setup import assemble, config
+from cluster.training.dispatch import Dispatcher, Shards
+from cluster.training.ledger import Ledger
+from envs.control.bodies import BODIES, BodyName, load
 from learners.base import pack
 from tests.bench.timing import machine, quiet
 

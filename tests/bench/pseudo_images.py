@@ -13,8 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cluster import assemble, config, runs
-from envs.data_free import DataFree
+from cluster.operations import existing_run
+from cluster.setup import config
+from cluster.setup.data_free import teacher_pool
+from envs.images.data_free import DataFree
 
 SMOOTHED = 100  # lines of metrics
 
@@ -24,8 +26,8 @@ def pixels(directory: Path) -> tuple[np.ndarray, list[str]]:
     task = config.load(str(directory / "run.toml")).task
     if not isinstance(task, DataFree):
         raise ValueError(f"{directory} is not a data-free run")
-    found = runs.chosen(directory, "newest").outer["images"][:, :, 0].double().numpy()
-    return np.moveaxis(task.pixels(found), -3, -1), [type(spec).__name__ for spec in assemble.teacher_pool(task).specs]
+    found = existing_run.chosen(directory, "newest").outer["images"][:, :, 0].double().numpy()
+    return np.moveaxis(task.pixels(found), -3, -1), [type(spec).__name__ for spec in teacher_pool(task).specs]
 
 
 def mosaic(axes: Axes, images: np.ndarray, names: list[str]) -> None:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cluster.driver import Driver
-from learners import kernels
+from cluster.training.driver import Driver
+from learners.engine.memory import keep_freed_memory
 
 
 def quiet() -> None:
     """One thread, and memory as workers have it."""
     torch.set_num_threads(1)
-    kernels.keep_freed_memory()
+    keep_freed_memory()
 
 
 def machine() -> str:

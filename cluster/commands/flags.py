@@ -1,0 +1,113 @@
+"""`--key value` flags for a run: typed, with help, for exactly the classes that the run chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import tyro
+
+from cluster.setup import config
+from cluster.setup.run import Run
+
+T = TypeVar("T")
+
+
+def configured(command: str, words: list[str], options: type[T], description: str, shown: str = "RUN") -> tuple[str, T, Any]:
+    """(RUN, options, run) of `RUN --key value …`. The flags are those of the classes that RUN and --x.name choose."""
+    name, rest = leading(words)
+    overrides, rest = _choices(rest)
+    run = config.load(name or "sinusoid", overrides)
+    if not name and not any(w in ("-h", "--help") for w in rest):
+        raise ValueError(
+            f"metafleet {command} wants a {shown} first, for example: metafleet {command} {'sinusoid' if shown == 'RUN' else 'runs/mine'}"
+        )
+    if not name:
+        description += (
+            " The keys below are those of the preset sinusoid: name a RUN to see its own; --learner.name and the like choose others."
+        )
+    narrow = _narrowed(run)
+    flags: Any = dataclass(frozen=True)(type("Flags", (options, type(narrow)), {"__annotations__": {}}))
+    default = flags(**_values(options()), **_values(narrow))
+    parsed = tyro.cli(flags, args=rest, default=default, prog=f"metafleet {command} {name or shown}", description=description)
+    values = _values(parsed)
+    own = {k: values.pop(k) for k in _values(options())}
+    return name, options(**own), Run(**{k: _plain(v) for k, v in values.items()})
+
+
+def _narrowed(value: Any) -> Any:
+    """An equal dataclass whose fields are declared as the classes that stand in them, not as interfaces.
+
+    Flags can be made of the former only; `_plain` leads back.
+    """
+    inner = {name: _narrowed(child) for name, child in _values(value).items() if dataclasses.is_dataclass(child)}
+    if not inner:
+        return value
+    cls = type(value)
+    declared = {name: type(child) for name, child in inner.items()}
+    body = {"__annotations__": declared, "__doc__": cls.__doc__, "__post_init__": lambda self: None, "of": cls}
+    narrow: Any = dataclass(frozen=True)(type(cls.__name__, (cls,), body | inner))
+    return narrow(**(_values(value) | inner))
+
+
+def _values(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _plain(value: Any) -> Any:
+    """Back from narrowed classes to the real ones."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    cls: Any = getattr(type(value), "of", type(value))
+    return cls(**{name: _plain(child) for name, child in _values(value).items()})
+
+
+def _choices(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Take `--learner.name reptile` and the like out of the words: they decide which flags there are."""
+    overrides: dict[str, str] = {}
+    rest = []
+    waiting = iter(words)
+    for word in waiting:
+        match = re.fullmatch(r"--((?:\w+\.)+name)(?:=(.*))?", word)
+        if match:
+            overrides[match[1]] = match[2] if match[2] is not None else next(waiting, "")
+        else:
+            rest.append(word)
+    return overrides, rest
+
+
+def taken(words: list[str], flag: str, default: str) -> tuple[str, list[str]]:
+    """(the value of `flag`, the other words): for a flag that means something else here than for a run. Underscores in it are hyphens,
+    as in every flag.
+    """
+    value, rest = default, []
+    waiting = iter(words)
+    for word in waiting:
+        name, equals, given = word.partition("=")
+        if name.replace("_", "-") == flag:
+            value = given if equals else next(waiting, "")
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """1,2,4 as numbers. Raises ValueError for anything else."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ValueError(f"{name}={text!r}: numbers like 1,2,4 wanted")
+    return tuple(map(int, text.split(",")))
+
+
+def among(name: str, text: str, choices: tuple[str, ...]) -> tuple[Any, ...]:
+    """Words of a list like a,b. Raises ValueError for one that is not among `choices`."""
+    for part in text.split(","):
+        if part not in choices:
+            raise ValueError(f"{name}={text!r}: {' or '.join(choices)}, or several of them with commas, wanted")
+    return tuple(text.split(","))
+
+
+def leading(words: list[str]) -> tuple[str, list[str]]:
+    """(the first word, the others), or "" and all of them where the first is a flag."""
+    return (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)

@@ -1,0 +1,155 @@
+"""A configuration and a directory become a run."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.fleet.machine import environment, set_up_torch
+from cluster.operations.existing_run import CONFIGURATION, beginning, configuration
+from cluster.record.checkpoint import Checkpoints
+from cluster.record.lease import Lease
+from cluster.record.storage import Place, make_folder, write_atomically
+from cluster.results import monitor
+from cluster.results.report import RESULTS
+from cluster.setup import assemble, config
+from cluster.setup.data_free import taught
+from cluster.setup.resolve import idle_workers, resolved
+from cluster.setup.run import Run
+from cluster.setup.tables import flat, to_table
+from cluster.training.driver import Driver
+from envs.images.data_free import DataFree
+
+
+def new_directory(label: str) -> Path:
+    """runs/LABEL-DATE-TIME."""
+    return Path("runs") / f"{label}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def train(run: Run, directory: Place, *, take_over: bool = False) -> None:
+    """Train `run` in `directory`, or go on with it there.
+
+    The first SIGINT or SIGTERM stops it after a checkpoint (KeyboardInterrupt with the signal's number), the second
+    ends the process.
+    """
+    monitor.plain_logging()
+    make_folder(directory)
+    received: list[int] = []
+    try:
+        with Lease(directory).held(take_over) as lease:
+            run, begun = prepared(run, directory)
+            parts, params = assemble.recipe(run)
+            with assemble.pool(run, parts) as pool, _signals(received):  # signals last: joining Ray sets handlers of its own
+                Driver(
+                    parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
+                    policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation, lease=lease,
+                    allow_mixed_fleet=run.allow_mixed_fleet, prometheus_port=run.prometheus_port, interrupted=lambda: bool(received),
+                    hparams=flat(to_table(run)), begin=None if begun else beginning(run, params),
+                ).run()  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*received) from None
+
+
+def train_all(name: str, home: Place, *, seeds: int, keys: dict[str, Any]) -> list[Place]:
+    """Train every run of a comparison in HOME/RUN (or HOME/RUN/seed-N), but those that have finished; their directories."""
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: at least 1 wanted")
+    directories: list[Place] = []
+    home = home.absolute() if isinstance(home, Path) else home  # run.toml names the run that another begins from
+    variants, beginnings = config.comparison(name, keys), config.beginnings(name)
+    for variant, run in variants.items():
+        for seed in range(run.seed, run.seed + seeds):
+            suffix = f"seed-{seed}" if seeds > 1 else ""
+            begin = str(home / beginnings[variant] / suffix) if variant in beginnings else run.init_from
+            run = replace(run, seed=seed, init_from=begin)
+            directories.append(home / variant / suffix)
+            if _finished(run, directories[-1]):
+                monitor.log.info("%s has finished", directories[-1])
+            else:
+                train(run, directories[-1])
+    return directories
+
+
+def _finished(run: Run, directory: Place) -> bool:
+    """Whether there are results of all its iterations. Raises ValueError where they are of another run."""
+    if not (directory / RESULTS).exists():
+        return False
+    old = config.load(str(configuration(directory)))
+    config.check_resumable(old, _as_before(run, old))
+    return old.iterations == run.iterations
+
+
+def prepared(run: Run, directory: Place) -> tuple[Run, bool]:
+    """`run` with its data fetched and everything resolved, written to the directory, or as it was resolved there; whether it had begun.
+
+    Results of fewer iterations are removed. Raises ValueError where the directory holds another run.
+    """
+    path = directory / CONFIGURATION
+    begun = Checkpoints(directory / "checkpoints").newest()
+    if begun:
+        if not path.exists():
+            raise ValueError(f"{directory} holds a run that was made in Python: another directory is wanted for this one")
+        old = config.load(str(path))
+        run = _as_before(run, old)
+        config.check_resumable(old, run)
+        if run.iterations < begun.iteration:
+            raise ValueError(f"iterations={run.iterations}: {directory} is at iteration {begun.iteration} already")
+        if begun.iteration < run.iterations:
+            (directory / RESULTS).unlink(missing_ok=True)
+        if begun.best and run.evaluation != old.evaluation:
+            monitor.log.warning("evaluation has changed: the best θ so far, of iteration %d, was chosen as before", begun.best["iteration"])
+        _warn_of_schedule(run)
+        why = f"execution = {run.execution}, as when the run began"
+    run.task.prepare()
+    if not begun:
+        set_up_torch(run.threads, "cpu")
+        run, why = resolved(run)
+    monitor.log.info("%s", why)
+    if idle := idle_workers(run):
+        monitor.log.warning("%s; a new run could have %s", *idle)
+    write_atomically(path, config.to_toml(run, {"environment": environment()}).encode())
+    return run, begun is not None
+
+
+@contextmanager
+def _signals(received: list[int]) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM are put into the list; a second one ends the process at once."""
+
+    def note(number: int, _: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        monitor.log.warning("stopping after a checkpoint; once more to stop at once")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _as_before(run: Run, old: Run) -> Run:
+    """What "auto" and 0 were resolved to when the run began, and what its teachers said of themselves."""
+    if run.execution == "auto":
+        run = replace(run, execution=old.execution, chunk=run.chunk or old.chunk)
+    if getattr(run.outer, "horizon", None) == 0:
+        run = replace(run, outer=replace(run.outer, horizon=getattr(old.outer, "horizon", 0)))  # type: ignore[type-var]
+    if isinstance(run.task, DataFree) and isinstance(old.task, DataFree) and not run.task.teachers:
+        run = taught(run, old.task)
+    return run
+
+
+def _warn_of_schedule(run: Run) -> None:
+    horizon = getattr(run.outer, "horizon", 0)
+    if getattr(run.outer, "schedule", "constant") != "constant" and run.iterations > horizon:
+        final = getattr(run.outer, "final_lr", 0.0)
+        monitor.log.warning(
+            "the outer rate's schedule ended at iteration %d, as fixed when the run began; from there on it is %g", horizon, final
+        )

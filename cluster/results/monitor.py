@@ -1,0 +1,232 @@
+"""What one sees of a run: TensorBoard, metrics.jsonl, status.json and a progress bar. The driver is the only writer."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cluster.record.storage import write_atomically
+from cluster.results import prometheus
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+log = logging.getLogger("metafleet")
+
+STATUS_EVERY = 2.0  # seconds
+PLAIN_EVERY = 10.0  # seconds between log lines where there is no terminal
+
+
+class Monitor:
+    """Scalars are averaged over windows of `every` iterations, by default a thousand windows a run."""
+
+    def __init__(self, directory: Path, start: int, iterations: int, every: int = 0, console: Console | None = None,
+                 prometheus_port: int = 0, counters: Collection[str] = ()) -> None:  # fmt: skip
+        """`start`: the iteration this process begins from; later points of an earlier attempt are taken back.
+        `counters`: scalars under `fleet/` that only ever grow, as Prometheus wants to know."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory, self.iterations = directory, iterations
+        self.every = every or max(1, iterations // 1000)
+        _truncate(directory / "metrics.jsonl", start)
+        self._jsonl = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
+        # purge_step (the first step to take back) from the very first writer on: TensorBoard ignores it where the first one had none.
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self._events_failed = False
+        self._window: dict[str, list[float]] = {}
+        self._samples: dict[str, list[float]] = {}
+        self._now: dict[str, float] = {}
+        self._stop_serving = prometheus.serve(prometheus_port, self._now, counters) if prometheus_port else None
+        self._status_at = self._plain_at = 0.0
+        self._began, self._start = time.monotonic(), start
+        self.last: dict[str, float] = {}
+        self.console = console or Console(stderr=True)
+        self._bar = _progress(self.console) if self.console.is_terminal else None
+        if self._bar:
+            self._task = self._bar.add_task("meta-training", total=iterations, completed=start, note="")
+            self._bar.start()
+
+    def scalars(self, iteration: int, values: Mapping[str, float], samples: Mapping[str, list[float]] | None = None) -> None:
+        """Scalars of one iteration, and numbers that a window shows as a histogram."""
+        for gone in [tag for tag in self._now if tag.startswith("share/")]:
+            del self._now[gone]
+        self._now.update(values)
+        for tag, value in values.items():
+            self._window.setdefault(tag, []).append(value)
+        for tag, several in (samples or {}).items():
+            self._samples.setdefault(tag, []).extend(several)
+        if iteration % self.every == 0 or iteration == self.iterations:
+            # Counters are not averaged: their last value is the one that is true.
+            means = {tag: v[-1] if tag.startswith("fleet/") else float(np.mean(v)) for tag, v in self._window.items()}
+            self.last |= means
+            self._write(iteration, "train", means, lists=self._samples)
+            with self._events():
+                for tag, several in self._samples.items():
+                    self._writer.add_histogram(tag, np.asarray(several), iteration)
+            self._window.clear()
+            self._samples.clear()
+        self._progress(iteration, values)
+
+    def curve(self, iteration: int, split: str, curve: Mapping[str, NDArray[np.float64]]) -> None:
+        """An adaptation curve: one value per inner step for each measure; steps 0, 1 and the last go to TensorBoard."""
+        flat = {
+            f"{split}/{name}_step{k}": float(values[k])
+            for name, values in curve.items()
+            for k in sorted({0, 1, len(values) - 1})
+            if k < len(values)
+        }
+        self.last |= flat
+        self._now.update(flat)
+        self._write(iteration, split, flat, {"curve": {name: [float(v) for v in values] for name, values in curve.items()}})
+
+    def values(self, iteration: int, kind: str, values: Mapping[str, float]) -> None:
+        """Scalars that come once, not every iteration."""
+        self.last |= values
+        self._write(iteration, kind, values)
+
+    def distributions(self, iteration: int, tag: str, tensors: Mapping[str, Tensor]) -> None:
+        """A histogram per name."""
+        with self._events():
+            for name, tensor in tensors.items():
+                self._writer.add_histogram(f"{tag}/{name}", tensor.detach().cpu().numpy(), iteration)
+
+    def picture(self, iteration: int, tag: str, path: Path) -> None:
+        """A PNG or GIF file, shown in TensorBoard as it is."""
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        with Image.open(path) as image, self._events():
+            width, height = image.size
+            encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+            summary = Summary(value=[Summary.Value(tag=tag, image=encoded)])
+            self._writer._get_file_writer().add_summary(summary, iteration)  # type: ignore[no-untyped-call]
+
+    def images(self, iteration: int, tag: str, images: Tensor) -> None:
+        """Images [n, c, h, w] side by side, each stretched to its own range."""
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        pixels = ((images - low) / (high - low).clamp_min(1e-12)).cpu()
+        with self._events():
+            self._writer.add_images(tag, pixels, iteration)
+
+    def hparams(self, config: Mapping[str, object], results: Mapping[str, float]) -> None:
+        """The configuration beside the final results, for TensorBoard's HPARAMS page."""
+        simple = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in config.items()}
+        with self._events():
+            self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")
+
+    def event(self, iteration: int, text: str) -> None:
+        """Something that happened to the fleet."""
+        with self._events():
+            self._writer.add_text("fleet", text, iteration)
+        self._line({"iteration": iteration, "kind": "fleet", "time": round(time.time(), 3), "event": text})
+
+    def message(self, text: str) -> None:
+        """A line for whoever watches."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def status(self, state: str, iteration: int, *, now: bool = False, **fields: Any) -> None:
+        """Rewrite status.json, at most every two seconds unless `now`. A failure is no reason to stop."""
+        if not now and time.monotonic() - self._status_at < STATUS_EVERY:
+            return
+        self._status_at = time.monotonic()
+        content = {
+            "state": state, "iteration": iteration, "iterations": self.iterations, "host": socket.gethostname(),
+            "pid": os.getpid(), "updated": time.time(), "eta_s": self._eta(iteration), "metrics": self.last, **fields,
+        }  # fmt: skip
+        try:
+            write_atomically(self.directory / "status.json", json.dumps(content, indent=1).encode())
+        except OSError as error:
+            log.warning("cannot write status.json (%s)", error)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._stop_serving:
+            self._stop_serving()
+        self._jsonl.close()
+        with self._events():
+            self._writer.close()
+
+    def _write(self, iteration: int, kind: str, scalars: Mapping[str, float], lists: Mapping[str, object] | None = None) -> None:
+        with self._events():
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, iteration)
+        self._line({"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars, **(lists or {})})
+
+    def _line(self, line: Mapping[str, object]) -> None:
+        try:
+            self._jsonl.write(json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            log.warning("cannot write %s (%s)", self._jsonl.name, error.strerror)
+
+    @contextmanager
+    def _events(self) -> Iterator[None]:
+        """Writing events inside; a disk that takes no more is a warning, once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._events_failed:
+                log.warning("TensorBoard's events end here (%s)", error.strerror)
+            self._events_failed = True
+
+    def _progress(self, iteration: int, values: Mapping[str, float]) -> None:
+        train = [t for t in values if t.startswith("train/")]
+        names = [t for t in train if "return" in t] or [t for t in train if t.endswith("loss")]
+        shown = {t: self.last.get(t, values[t]) for t in names}
+        note = "  ".join(f"{t.removeprefix('train/')} {v:.4g}" for t, v in shown.items())
+        if self._bar:
+            self._bar.update(self._task, completed=iteration, note=note)
+        elif time.monotonic() - self._plain_at > PLAIN_EVERY or iteration == self.iterations:
+            self._plain_at = time.monotonic()
+            self.message(f"iteration {iteration}/{self.iterations}  {note}  ETA {datetime.timedelta(seconds=round(self._eta(iteration)))}")
+
+    def _eta(self, iteration: int) -> float:
+        done = max(iteration - self._start, 1)
+        return (time.monotonic() - self._began) / done * (self.iterations - iteration)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, refresh_per_second=4,
+    )  # fmt: skip
+
+
+def _truncate(path: Path, start: int) -> None:
+    """Take back lines of iterations after `start`, and lines cut off by a crash or a full disk."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    write_atomically(path, "".join(f"{line}\n" for line in lines if _iteration(line) <= start).encode())
+
+
+def _iteration(line: str) -> float:
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def plain_logging() -> None:
+    """Log lines of this program to stderr, as sentences; also what goes wrong in TensorBoard's writing thread."""
+    threading.excepthook = lambda failed: log.warning("%s: %s", failed.thread.name if failed.thread else "a thread", failed.exc_value)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False

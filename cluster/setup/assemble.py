@@ -1,0 +1,109 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cluster.fleet.pool import LocalPool, Pool
+from cluster.fleet.recipe import Recipe
+from cluster.setup import teachers
+from cluster.setup.data_free import _data_free, teacher_pool
+from cluster.setup.run import Run
+from envs.images.data_free import DataFree
+from learners.algorithms.proto_net import ProtoNet
+from learners.base import Objective, Params
+from learners.inner import is_plain
+from learners.models.functional import Functional, functional
+from learners.models.networks import Gaussian
+from learners.objectives.control import Control, Rollouts
+from learners.objectives.supervised import Supervised
+from learners.purer.calibration import DataFreeMAML
+
+
+def model(run: Run) -> Functional:
+    """The run's model, initialised from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return functional(run.model.build(run.task.inputs, run.task.outputs))
+
+
+def recipe(run: Run) -> tuple[Recipe, Params]:
+    """What workers are made from, and the model's initial parameters. Execution must be resolved."""
+    if run.execution == "auto":
+        raise ValueError("execution='auto' must be resolved first")
+    _check_attacks(run)
+    network = model(run)
+    params = network.params()
+    if isinstance(run.task, DataFree):
+        taught_by = teacher_pool(run.task)
+        objective: Objective = _data_free(run, network, taught_by)
+        params = teachers.beginning(taught_by, run.model, params, getattr(run.outer, "start", "random"))
+    else:
+        objective = _objective(run, network)
+    parts = Recipe(
+        tasks=run.task, learner=run.learner, objective=objective, outer=run.outer, seed=run.seed,
+        evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps,
+        robustness=run.evaluation.robustness if run.evaluation.robustness.eps else None, execution=run.execution,
+        chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads, compression=run.compression,
+    )  # fmt: skip
+    return parts, params
+
+
+def _objective(run: Run, network: Functional) -> Objective:
+    if run.task.kind == "control":
+        if not isinstance(run.task, Rollouts):
+            raise TypeError(f"{type(run.task).__name__} is of kind control, but has no method rollout")
+        if not isinstance(network.module, Gaussian):
+            raise ValueError("RL tasks want a policy: --model.name gaussian_mlp")
+        keys = run.control
+        if keys.exploration and not is_plain(run.learner):
+            raise ValueError(f"control.exploration={keys.exploration}: the outer loss of {type(run.learner).__name__} has no place for it")
+        return Control(network, run.task, keys.inner_loss, keys.discount, keys.gae, keys.exploration)
+    return Supervised(
+        network,
+        loss="mse" if run.task.kind == "regression" else "cross_entropy",
+        norm=run.objective.norm,
+        scale=run.objective.scale,
+        report=run.evaluation.norms,
+        momentum=run.objective.momentum,
+    )
+
+
+def _check_attacks(run: Run) -> None:
+    """Raise ValueError for attacks that the tasks do not admit, and for learners that want labels where there are none."""
+    eps, name = run.evaluation.robustness.eps, type(run.learner).__name__
+    own = getattr(run.learner, "attack", None)
+    if eps and isinstance(run.task, DataFree):
+        raise ValueError(f"eps={eps}: attacks are in pixels, and the images of data-free runs are normalised")
+    if run.task.kind == "control":
+        if eps:
+            raise ValueError(f"evaluation.robustness.eps={eps}: attacks are on the inputs of examples, and RL tasks have none")
+        if own is not None or isinstance(run.learner, DataFreeMAML | ProtoNet):
+            raise ValueError(f"{name} wants labelled examples, and RL tasks have none")
+    elif run.task.kind == "regression":
+        for key, attack in (("learner.attack", own), ("evaluation.robustness", run.evaluation.robustness if eps else None)):
+            if attack and (math.isfinite(attack.low) or math.isfinite(attack.high)):
+                raise ValueError(
+                    f"{key} keeps inputs within [{attack.low:g}, {attack.high:g}], as pixels are; for {type(run.task).__name__} "
+                    f"--{key}.low=-inf --{key}.high=inf wanted"
+                )
+
+
+@contextmanager
+def pool(run: Run, parts: Recipe) -> Iterator[Pool]:
+    """The pool that the run asks for, closed at the end."""
+    if run.pool == "local":
+        fleet: Pool = LocalPool(parts)
+    else:
+        from cluster.fleet.ray_pool import RayPool  # importing Ray takes its time; local runs do without
+
+        fleet = RayPool(parts, run.workers, least=run.min_workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
+                        address=run.address, sums=run.sums, limits=run.policy.deadlines, straggler=run.straggler)  # fmt: skip
+    try:
+        yield fleet
+    finally:
+        fleet.close()

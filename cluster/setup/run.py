@@ -1,0 +1,138 @@
+"""The typed configuration of one meta-training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.fleet.wire import Compression
+from cluster.record.checkpoint import Checkpointing
+from cluster.training.evaluation import Evaluation
+from cluster.training.policy import Policy
+from cluster.training.synchronous import Synchronous
+from envs.base import TaskFamily
+from envs.sinusoid import Sinusoid
+from learners.algorithms.maml import MAML
+from learners.base import Learner, Outer
+from learners.models.networks import MLP, ModelSpec
+from learners.objectives.policy_gradient import InnerLoss
+from learners.objectives.supervised import NormMode
+from learners.outer.descent import Descent
+
+
+@dataclass(frozen=True)
+class ObjectiveKeys:
+    """The supervised objective; the loss follows from the task."""
+
+    norm: NormMode = "transductive"
+    """What BatchNorm's statistics are taken from when the query is predicted."""
+    scale: Literal["mean", "sum_over_shots"] = "mean"
+    """Mean over examples, or cbfinn's sum over examples divided by shots: inner gradients N (ways) times larger."""
+    momentum: float = 0.1
+    """With norm = "frozen": rate at which the carried statistics follow the tasks'."""
+
+
+@dataclass(frozen=True)
+class ControlKeys:
+    """The policy-gradient objective of RL tasks."""
+
+    inner_loss: InnerLoss = "log_likelihood"
+    """What inner steps descend: the paper's REINFORCE form, or estimators whose curvature is better (likelihood_ratio, dice)."""
+    discount: float = 0.99
+    """γ."""
+    gae: float = 1.0
+    """λ of generalised advantage estimation."""
+    exploration: float = 0.0
+    """Weight of the exploration term: what θ samples is credited with the return after adaptation (E-MAML: 1)."""
+
+    def __post_init__(self) -> None:
+        if self.exploration < 0:
+            raise ValueError(f"exploration={self.exploration}: 0 or more wanted")
+        if not (0 <= self.discount <= 1 and 0 <= self.gae <= 1):
+            raise ValueError(f"discount={self.discount}, gae={self.gae}: numbers from 0 to 1 wanted")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One meta-training run."""
+
+    task: TaskFamily = field(default_factory=Sinusoid)
+    """What there is to learn."""
+    model: ModelSpec = field(default_factory=MLP)
+    """What adapts."""
+    learner: Learner = field(default_factory=MAML)
+    """How it adapts, and what it gives back."""
+    outer: Outer = field(default_factory=Descent)
+    """How θ moves."""
+    objective: ObjectiveKeys = field(default_factory=ObjectiveKeys)
+    """Normalisation mode and loss scale."""
+    control: ControlKeys = field(default_factory=ControlKeys)
+    """For RL tasks: what takes the objective's place."""
+    policy: Policy = field(default_factory=Synchronous)
+    """When to step, and what counts as late."""
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    """When the run saves itself."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """When and how much it evaluates."""
+    seed: int = 0
+    """Seed of the initial θ and of the training tasks."""
+    init_from: str = ""
+    """Begin with the θ of the run in this directory (or URL); empty: with the model's initialisation."""
+    iterations: int = 1000
+    """Meta-iterations (outer steps)."""
+    meta_batch: int = 4
+    """Tasks per meta-iteration; a multiple of `shard`."""
+    shard: int = 1
+    """Tasks that a worker takes at a time."""
+    pool: Literal["ray", "local"] = "ray"
+    """Where tasks run: on Ray actors, or in this process."""
+    workers: int = 2
+    """Ray actors, at most: those that the cluster has no room for start when it grows."""
+    min_workers: int = 1
+    """With fewer of them the run waits."""
+    cpus_per_worker: float = 1.0
+    """CPUs that each actor reserves."""
+    gpus_per_worker: float = 0.0
+    """GPUs that each actor reserves; fractions allowed."""
+    address: str = "local"
+    """Ray cluster: "local" starts one of its own (inside a Ray job: joins it), "auto" finds one, or host:port."""
+    device: str = "cpu"
+    """Device of the workers: cpu or cuda."""
+    threads: int = 1
+    """Threads per worker, torch's and numpy's."""
+    execution: Literal["auto", "loop", "vmap", "compiled"] = "auto"
+    """How a shard's tasks run; auto decides by rule, never by timing."""
+    chunk: int = 0
+    """Tasks at a time under vmap; 0: all of a shard."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of parameters and data."""
+    sums: Literal["driver", "fleet"] = "driver"
+    """Who adds contributions up: the driver, or the nodes, by the same tree, so that about one sum per node travels to it."""
+    compression: Compression = "none"
+    """Contributions on the wire: as computed, or rounded to bfloat16, half the bytes."""
+    straggler: float = 1.0
+    """How many times as long as it needs the first worker takes (it sleeps): for scaling experiments."""
+    prometheus_port: int = 0
+    """Serve the metrics of the driver here; 0: nowhere."""
+    allow_mixed_fleet: bool = False
+    """Accept workers whose versions or processors differ: results then depend on who computed what."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "meta_batch", "shard", "workers", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 wanted")
+        self.policy.check(self.outer)
+        if not 1 <= self.min_workers <= self.workers:
+            raise ValueError(f"min_workers={self.min_workers}: a number from 1 to workers={self.workers} wanted")
+        if self.meta_batch % self.shard:
+            raise ValueError(f"meta_batch={self.meta_batch} is not a multiple of shard={self.shard}")
+        if not 0 <= self.prometheus_port < 65536:
+            raise ValueError(f"prometheus_port={self.prometheus_port}: a port from 1 to 65535, or 0, wanted")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: a number from 0 on wanted")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r}: cpu or cuda wanted")
+        if self.device != "cpu" and self.pool == "ray" and not self.gpus_per_worker:
+            raise ValueError(
+                f"device={self.device!r} with gpus_per_worker=0: on Ray a worker sees the GPUs that it reserves; a share like 0.5 will do"
+            )

@@ -1,0 +1,49 @@
+"""MAML and its first-order variant (Finn, Abbeel, Levine 2017, Algorithms 1–2); ANIL and BOIL by what `adapts`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from learners.base import Data, Meta, Objective, check_inner_loop
+from learners.engine.optimisers import SGD
+from learners.inner import InnerLoop, Point, descend
+
+
+@dataclass(frozen=True)
+class MAML(InnerLoop):
+    """φ_{k+1} = φ_k − α ∇L_S(φ_k), φ₀ = θ;  ∇θ L_Q(φ_K) = [Π_k (I − α H_S(φ_k))]ᵀ ∇L_Q(φ_K).
+
+    `order = 1` is FOMAML: the inner gradients are constants, so the product is dropped and ∇L_Q(φ_K) remains.
+    α is in units of the objective's loss: a mean cross-entropy wants N times cbfinn's rate (see `Supervised`).
+
+    `adapts = ["head*"]` is ANIL (Raghu et al. 2020): the body is meta-learned and stands still inside, which puts
+    D = diag(0, α) in place of α. The complement, `adapts = ["block*"]` on Conv4, is BOIL (Oh et al. 2021).
+    """
+
+    inner_lr: float = 0.01
+    """α, the rate of the inner loop."""
+    inner_steps: int = 1
+    """K, inner steps in meta-training."""
+    order: Literal[2, 1] = 2
+    """2: differentiate through the inner loop; 1: first-order approximation (FOMAML)."""
+    adapts: tuple[str, ...] = ("*",)
+    """Patterns of the parameters that the inner loop moves."""
+    later_lr: float = 0.0
+    """Rate of every inner step after the first (the paper's RL tests halve it); 0: α."""
+
+    def __post_init__(self) -> None:
+        check_inner_loop(min(self.inner_lr, self.later_lr), self.inner_steps)
+
+    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
+        return descend(
+            lambda p, step: objective.support(meta.slots | p, data, step),
+            meta.params, steps, SGD(), self._rate, adapts=self.adapts, again=self.order == 2,
+        )  # fmt: skip
+
+    def _rate(self, step: int) -> float:
+        return self.later_lr if step and self.later_lr else self.inner_lr
+
+    def claim(self) -> str:
+        return "second order" if self.order == 2 else "first order"

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
 
-.PHONY: train test check slow chaos fuzz bench lock clean help
+.PHONY: train test check slow chaos convolutions fuzz bench lock clean help
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ slow: $(STAMP)  ## the tests that take minutes each
 chaos: $(STAMP)  ## hundreds of faults upon a run, in both modes (about half an hour)
 	$(BIN)/python -m tests.chaos --faults 110 --policy synchronous
 	$(BIN)/python -m tests.chaos --faults 110 --policy asynchronous
+
+convolutions: $(STAMP)  ## every mix of convolution on every instruction set of this machine (minutes each)
+	$(BIN)/python -m tests.convolutions
 
 fuzz: $(STAMP)  ## a million mutated inputs to every reader (minutes)
 	$(BIN)/python -m tests.fuzz

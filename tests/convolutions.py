@@ -70,8 +70,8 @@ class Case:
 
     def call(self) -> Call:
         """What the product would be asked about it."""
-        return Call(self.transposed, (self.kernel,) * self.spatial, (self.stride,) * self.spatial, (0,) * self.spatial,
-                    self.inputs // self.groups if not self.transposed else self.outputs // self.groups, self.groups)  # fmt: skip
+        over = (self.outputs if self.transposed else self.inputs) // self.groups
+        return Call(self.transposed, (self.kernel,) * self.spatial, (self.stride,) * self.spatial, over)
 
 
 def cases(*, short: bool) -> Iterator[Case]:
@@ -184,14 +184,18 @@ def available() -> list[str]:
     return [name for name in INSTRUCTION_SETS if name not in FLAGS or FLAGS[name] in flags]
 
 
-def held_to(name: str, words: list[str]) -> int:
-    """Run this program under an instruction set and the checking malloc; its exit code."""
+def environment(name: str) -> dict[str, str]:
+    """Variables that hold a process to an instruction set, under the checking malloc."""
     onednn, aten = INSTRUCTION_SETS[name]
     checking = ctypes.util.find_library("c_malloc_debug") or "libc_malloc_debug.so.0"
-    environment = os.environ | {
-        "ONEDNN_MAX_CPU_ISA": onednn, "GLIBC_TUNABLES": "glibc.malloc.check=3", "LD_PRELOAD": checking,
-    } | ({"ATEN_CPU_CAPABILITY": aten} if aten else {})  # fmt: skip
-    return subprocess.run([sys.executable, "-m", "tests.convolutions", "--here", *words], env=environment, check=False).returncode
+    variables = {"ONEDNN_MAX_CPU_ISA": onednn, "GLIBC_TUNABLES": "glibc.malloc.check=3", "LD_PRELOAD": checking}
+    return variables | ({"ATEN_CPU_CAPABILITY": aten} if aten else {})
+
+
+def held_to(name: str, words: list[str]) -> int:
+    """Run this program under an instruction set; its exit code."""
+    command = [sys.executable, "-m", "tests.convolutions", "--here", *words]
+    return subprocess.run(command, env=os.environ | environment(name), cwd=Path(__file__).parents[1], check=False).returncode
 
 
 def main() -> None:

@@ -135,9 +135,14 @@ def test_training_and_fleet_name_no_learner_task_or_policy_of_the_catalog() -> N
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("envs.sinusoid", ("torch", "ray", "matplotlib")), ("envs.images.omniglot", ("torch", "ray")), ("learners.algorithms.maml", ("ray", "tensorboard")),
-     ("cluster.training.driver", ("ray", "tensorboard")), ("cluster.cli", ("torch", "ray"))],
-)  # fmt: skip
+    [
+        ("envs.sinusoid", ("torch", "ray", "matplotlib")),
+        ("envs.images.omniglot", ("torch", "ray")),
+        ("learners.algorithms.maml", ("ray", "tensorboard")),
+        ("cluster.training.driver", ("ray", "tensorboard")),
+        ("cluster.cli", ("torch", "ray")),
+    ],
+)
 def test_a_fresh_interpreter_loads_no_more_than_it_should(module: str, absent: tuple[str, ...]) -> None:
     program = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

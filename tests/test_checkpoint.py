@@ -107,7 +107,8 @@ def test_what_is_newer_and_damaged_takes_no_good_ones_place(tmp_path: Path) -> N
 def test_a_write_that_fails_half_way_leaves_the_last_good_one_and_no_litter(tmp_path: Path) -> None:
     """A real limit on file size, as a full disk would: the write fails after some bytes."""
     program = (
-        "import sys, torch; from pathlib import Path; from cluster.record.checkpoint import *; from learners.base import Meta; import resource\n"
+        "import resource, sys, torch; from pathlib import Path; from cluster.record.checkpoint import *\n"
+        "from learners.base import Meta\n"
         "c = Checkpoints(Path(sys.argv[1])); c.save(State(1, Meta({'w': torch.zeros(10)}, {}), {}))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"

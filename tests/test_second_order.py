@@ -88,7 +88,7 @@ def test_torchs_own_normalisation_is_wrong_where_ours_is_right() -> None:
     layer = functional(nn.BatchNorm1d(5).double())
 
     def ours(v: torch.Tensor, w: Params) -> torch.Tensor:
-        return layer({"0.weight": w["weight"], "0.bias": w["bias"]}, v)
+        return layer(w, v)
 
     def native(v: torch.Tensor, w: Params) -> torch.Tensor:
         return F.batch_norm(v, None, None, w["weight"], w["bias"], True)

@@ -94,4 +94,4 @@ def train(run: Run, plan: Plan, folder: Path) -> list[tuple[str, float]]:
 def _built(spec: ModelSpec, run: Run, ways: int, number: int) -> Functional:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seeds.generator(run.seed, TEACHERS, number, "init").integers(2**62)))
-        return functional(spec.build(run.task.inputs, ways))
+        return functional(spec.build(run.task.inputs, ways), torch.zeros(2, *run.task.inputs))

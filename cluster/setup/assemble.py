@@ -28,7 +28,7 @@ def model(run: Run) -> Functional:
     """The run's model, initialised from its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        return functional(run.model.build(run.task.inputs, run.task.outputs))
+        return functional(run.model.build(run.task.inputs, run.task.outputs), torch.zeros(2, *run.task.inputs))
 
 
 def recipe(run: Run) -> tuple[Recipe, Params]:

@@ -129,7 +129,7 @@ def _model(entry: dict[str, Any], shape: tuple[int, int, int], ways: int, where:
     if not isinstance(architecture, dict) or architecture.get("name") not in MODELS:
         raise ValueError(f"{where}: architecture={architecture!r}: a table with a name of {', '.join(MODELS)} wanted")
     spec: ModelSpec = from_table(MODELS[architecture["name"]], {k: v for k, v in architecture.items() if k != "name"}, f"{where}: ")
-    model = functional(spec.build(shape, ways))
+    model = functional(spec.build(shape, ways), torch.zeros(2, *shape))
     if not model.normalises:
         raise ValueError(f"{where}: {architecture['name']} has no BatchNorm layer, whose statistics inversion needs")
     return spec, model

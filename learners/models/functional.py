@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,16 @@ from torch.func import functional_call
 from learners.base import Params
 from learners.engine.derivative import transformed
 from learners.engine.memory import channels_last
-from learners.models import normalisation
-from learners.models.convolution import PatchConv
-from learners.models.normalisation import BatchNorm
+from learners.models.convolution import PatchConv, PointwiseConv, SafeCalls
+from learners.models.normalisation import BATCH, BatchNorm, Normalising, Statistics, normalising
 
 log = logging.getLogger("metafleet")
 
+T = TypeVar("T")
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
-
-
 _STATEFUL = (nn.RNNBase, nn.modules.lazy.LazyModuleMixin)
+_OBSERVED = ("running_mean", "running_var")
 
 
 class Functional:
@@ -34,9 +34,10 @@ class Functional:
     of BatchNorm layers, which otherwise are the module's own.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._norms = {name: m for name, m in module.named_modules() if isinstance(m, normalisation.BatchNorm)}
+    def __init__(self, module: nn.Module, *, tried: bool = False) -> None:
+        """`tried`: whether the module has run under `SafeCalls` before; else its first call does."""
+        self.module, self._tried = module, tried
+        self._norms = {name: m for name, m in module.named_modules() if isinstance(m, BatchNorm)}
         self._required = {name for name, _ in module.named_parameters()}
         self._names = self._required | {name for name, _ in module.named_buffers()}
 
@@ -46,9 +47,7 @@ class Functional:
 
     def running(self) -> Params:
         """Copies of running means and variances, by name."""
-        return {
-            f"{name}.{key}": norm.get_buffer(key).clone() for name, norm in self._norms.items() for key in ("running_mean", "running_var")
-        }
+        return {f"{name}.{key}": norm.get_buffer(key).clone() for name, norm in self._norms.items() for key in _OBSERVED}
 
     @property
     def normalises(self) -> bool:
@@ -57,41 +56,32 @@ class Functional:
 
     def to(self, device: str) -> Functional:
         """The same function on another device."""
-        return Functional(copy.deepcopy(self.module).to(device))
+        return Functional(copy.deepcopy(self.module).to(device), tried=self._tried)
 
-    def __call__(self, params: Params, x: Tensor, statistics: normalisation.Statistics = normalisation.BATCH) -> Tensor:
+    def __call__(self, params: Params, x: Tensor, statistics: Statistics = BATCH) -> Tensor:
         """Outputs [n, …] for inputs [n, …] at `params`; entries that are not the module's are ignored.
 
-        Raises ValueError where a parameter is missing.
+        Raises ValueError where a parameter is missing, and at the first call where a convolution is not safe (`SafeCalls`).
         """
-        if not self._required <= params.keys():
-            raise ValueError(f"the model's parameter {min(self._required - params.keys())!r} is missing among {', '.join(params)}")
-        for norm in self._norms.values():
-            norm.statistics = statistics
-        mine = {k: v for k, v in params.items() if k in self._names}
-        y: Tensor = functional_call(self.module, mine, (x if transformed() else channels_last(x),))
-        return y
+        return self._called(params, x, Normalising(statistics))
 
-    def observe(self, params: Params, x: Tensor, statistics: normalisation.Statistics) -> Params:
+    def observe(self, params: Params, x: Tensor, statistics: Statistics) -> Params:
         """Mean and biased variance of what reaches each BatchNorm layer, under the names of `running()`."""
         return self.inspect(params, x, statistics)[1]
 
-    def inspect(self, params: Params, x: Tensor, statistics: normalisation.Statistics) -> tuple[Tensor, Params]:
+    def inspect(self, params: Params, x: Tensor, statistics: Statistics) -> tuple[Tensor, Params]:
         """Outputs, and what `observe` gives, of one forward pass; both can be differentiated."""
-        with self._recording():
-            y = self(params, x, statistics)
-            seen = {name: norm.seen for name, norm in self._norms.items()}
-        return y, {
-            f"{name}.{key}": value
-            for name, pair in seen.items()
-            for key, value in zip(("running_mean", "running_var"), pair or (), strict=True)
-        }
+        how = Normalising(statistics, seen={})
+        y, seen = self._called(params, x, how), how.seen or {}
+        moments = {name: seen[norm] for name, norm in self._norms.items() if norm in seen}
+        return y, {f"{name}.{key}": v for name, pair in moments.items() for key, v in zip(_OBSERVED, pair, strict=True)}
 
-    def features(self, params: Params, x: Tensor, statistics: normalisation.Statistics = normalisation.BATCH) -> Tensor:
+    def features(self, params: Params, x: Tensor, statistics: Statistics = BATCH) -> Tensor:
         """What reaches the layer named `head`, [n, d]. Raises ValueError for a module without one, or whose head is not linear."""
         head = dict(self.module.named_modules()).get("head")
         if not isinstance(head, nn.Linear):
             raise ValueError(f"features are what reaches a linear layer named head; {type(self.module).__name__} has none")
+        self.try_out(x)  # not with the hook
         seen: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -113,28 +103,45 @@ class Functional:
                 hook.remove()
         return max(sizes)
 
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        for norm in self._norms.values():
-            norm.record = True
-        try:
-            yield
-        finally:
-            for norm in self._norms.values():
-                norm.record, norm.seen = False, None
+    def try_out(self, x: Tensor) -> None:
+        """Run once on inputs like x. Raises ValueError for a convolution whose gradient would leave its memory."""
+
+        def run() -> None:
+            like = next(self.module.parameters(), x)
+            dtype = like.dtype if x.is_floating_point() else x.dtype
+            with torch.no_grad(), SafeCalls():  # type: ignore[no-untyped-call]
+                self.module(torch.zeros(x.shape, dtype=dtype, device=like.device))
+
+        if not self._tried:
+            _apart(run)
+            self._tried = True
+
+    def _called(self, params: Params, x: Tensor, how: Normalising) -> Tensor:
+        if not self._required <= params.keys():
+            raise ValueError(f"the model's parameter {min(self._required - params.keys())!r} is missing among {', '.join(params)}")
+        self.try_out(x)
+        mine = {k: v for k, v in params.items() if k in self._names}
+        with normalising(how):
+            y: Tensor = functional_call(self.module, mine, (x if transformed() else channels_last(x),))
+        return y
 
 
-def functional(module: nn.Module) -> Functional:
+def _apart(run: Callable[[], T]) -> T:
+    """`run()` in a thread of its own, which neither vmap's levels nor a tracer's modes reach."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
+def functional(module: nn.Module, example: Tensor | None = None) -> Functional:
     """`module` as a pure function of its parameters; the module itself is left as it is.
 
     BatchNorm layers are replaced by ours, which says so in the log: torch's own gives silently wrong second-order
     gradients under some nestings of transforms, and knows no modes. Raises ValueError for layers that draw random
-    numbers or keep other state between calls, since an inner loop must be a function of its arguments.
+    numbers or keep other state between calls, since an inner loop must be a function of its arguments; and for
+    convolutions inside a `forward` that torch computes out of bounds. The latter show when the module runs: here, where
+    an `example` of its inputs [n, …] is given, else at its first call.
     """
-    module = copy.deepcopy(module).train()
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        module = nn.Sequential(module)
-    replaced = specialise(module)
+    module, replaced = specialise(copy.deepcopy(module).train())
     for name, layer in module.named_modules():
         if isinstance(layer, _RANDOM) or (isinstance(layer, nn.MultiheadAttention) and layer.dropout):
             raise ValueError(
@@ -147,18 +154,39 @@ def functional(module: nn.Module) -> Functional:
             )
     if replaced:
         log.warning("functional: replaced BatchNorm layers %s by metafleet's (same parameters, explicit modes)", ", ".join(replaced))
-    return Functional(module)
+    model = Functional(module)
+    if example is not None:
+        model.try_out(example)
+    return model
 
 
-def specialise(module: nn.Module) -> list[str]:
-    """Swap layers of `module` in place for equal, faster ones; returns the names of replaced BatchNorm layers."""
+def specialise(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    """`module` with layers swapped in place for equal ones that are faster or safe, and the names of the BatchNorm layers among them.
+
+    Parameters keep their names and values, and a layer that stands in two places stays one.
+    """
+    swapped: dict[nn.Module, nn.Module] = {}
     replaced = []
-    for name, child in list(module.named_modules()):
-        for key, layer in list(child.named_children()):
+
+    def instead(layer: nn.Module, name: str) -> nn.Module:
+        if layer not in swapped:
+            swapped[layer] = _equal(layer)
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                setattr(child, key, BatchNorm.replacing(layer))
-                replaced.append(f"{name}.{key}".lstrip("."))
-            elif PatchConv.suits(layer):
-                assert isinstance(layer, nn.Conv2d)
-                setattr(child, key, PatchConv(layer))
-    return replaced
+                replaced.append(name)
+        return swapped[layer]
+
+    for name, parent in list(module.named_modules()):
+        for key, layer in list(parent._modules.items()):
+            if layer is not None:
+                setattr(parent, key, instead(layer, f"{name}.{key}".lstrip(".")))
+    return instead(module, "itself"), replaced
+
+
+def _equal(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return BatchNorm.replacing(layer)
+    if PointwiseConv.suits(layer):
+        return PointwiseConv(layer)  # type: ignore[arg-type]
+    if PatchConv.suits(layer):
+        return PatchConv(layer)  # type: ignore[arg-type]
+    return layer

@@ -1,15 +1,14 @@
-"""Layout and normalisation tricks that make convolutions fast on a CPU, so that models stay plain.
+"""BatchNorm for an inner loop: statistics by rule, and derivatives that are right however often they are taken.
 
-`specialise(module)` swaps layers for equal ones; parameters keep their names and values.
-
-- BatchNorm: on the [rows, channels] view, where both passes are contiguous, with a backward pass that is itself
-  differentiable. Torch's native one silently returns wrong second-order gradients in two nestings of transforms.
-- A convolution over few input channels is one matrix product over its patches.
-- Images are channels-last throughout.
+On the [rows, channels] view, where both passes are contiguous, with a backward pass that is itself differentiable:
+torch's native one silently returns wrong second-order gradients in two nestings of transforms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,12 +100,38 @@ class Statistics:
 BATCH = Statistics()
 
 
+@dataclass
+class Normalising:
+    """What BatchNorm layers do during one call of a model: an argument that every layer inside receives (see `normalising`)."""
+
+    statistics: Statistics = BATCH
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
+    """Where asked for: mean and biased variance of what reached each layer."""
+
+
+_NORMALISING: ContextVar[Normalising | None] = ContextVar("_NORMALISING", default=None)
+
+
+@contextmanager
+def normalising(how: Normalising) -> Iterator[None]:
+    """Inside, BatchNorm layers follow `how`; outside of any, they take the batch's statistics.
+
+    A module's `forward` takes inputs only, so that this argument reaches the layers beside it. It belongs to the call: nothing
+    of it is left in a module afterwards, and calls in other threads have their own.
+    """
+    token = _NORMALISING.set(how)
+    try:
+        yield
+    finally:
+        _NORMALISING.reset(token)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over axis 1 of [n, C], [n, C, L], [n, C, H, W] or [n, C, D, H, W] inputs.
 
-    y = (x − μ)/√(σ² + ε) · weight + bias with the biased variance; μ and σ² from the rows that `statistics` names,
-    which whoever calls the module sets. `running_mean` and `running_var` are read only when frozen and never
-    written: a batch's own statistics are left in `seen` for the caller.
+    y = (x − μ)/√(σ² + ε) · weight + bias with the biased variance; μ and σ² from the rows that the call's `Statistics`
+    name (`normalising`). `running_mean` and `running_var` are read only when frozen and never written: whoever wants a
+    batch's own statistics asks the call for what it has seen.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, *, scale: bool = True, shift: bool = True) -> None:
@@ -116,9 +141,6 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if shift else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.statistics = BATCH
-        self.seen: tuple[Tensor, Tensor] | None = None
-        self.record = False
 
     @classmethod
     def replacing(cls, native: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
@@ -139,9 +161,10 @@ class BatchNorm(nn.Module):
     def _rows(self, v: Tensor, examples: int) -> Tensor:
         w = self.weight if self.weight is not None else v.new_ones(v.shape[-1])
         b = self.bias if self.bias is not None else v.new_zeros(v.shape[-1])
-        if self.record:
-            self.seen = _moments(v)
-        how = self.statistics
+        call = _NORMALISING.get() or Normalising()
+        if call.seen is not None:
+            call.seen[self] = _moments(v)
+        how = call.statistics
         if how.source == "frozen":
             return _affine(v, self.get_buffer("running_mean"), self.get_buffer("running_var"), w, b, self.eps)
         if how.source == "first":

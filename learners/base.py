@@ -140,7 +140,7 @@ class Records(Protocol):
 class Explores(Protocol):
     """An objective whose outer loss depends on θ directly too, by what θ has sampled."""
 
-    def before(self, theta: Params, data: Data) -> Tensor:
+    def exploration_loss(self, theta: Params, data: Data) -> Tensor:
         """Scalar added to the loss after adaptation."""
 
 

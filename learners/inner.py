@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -14,9 +14,15 @@ from envs.base import Arrays
 from learners.base import Data, Explores, Gradient, Learner, Meta, Metrics, Objective, Params
 from learners.engine import tree
 from learners.engine.derivative import constant, differentiate, differentiate_with
-from learners.engine.optimisers import Optimiser
+from learners.engine.optimisers import SGD, Optimiser
 
 T = TypeVar("T")
+
+
+Loss: TypeAlias = Callable[[Params, int], Tensor]
+"""Of parameters, at inner step number k."""
+Direction: TypeAlias = Callable[[Params, int], Params]
+"""From a gradient, at inner step number k, to what the inner optimiser descends."""
 
 
 class Point(NamedTuple):
@@ -31,7 +37,7 @@ class Point(NamedTuple):
 
 
 def descend(
-    loss: Callable[[Params, int], Tensor],
+    loss: Loss,
     theta: Params,
     steps: int,
     optimiser: Optimiser,
@@ -39,7 +45,7 @@ def descend(
     *,
     adapts: tuple[str, ...] = ("*",),
     again: bool,
-    direction: Callable[[Params, int], Params] = lambda grads, step: grads,
+    direction: Direction = lambda grads, step: grads,
     state: Params | None = None,
 ) -> Iterator[Point]:
     """φ₀ = θ, then φ_{k+1} = optimiser(φ_k, direction(∇ loss(φ_k, k), k)), `steps` times.
@@ -66,24 +72,56 @@ def _inner_gradient(loss: Callable[[Params], Tensor], at: Params, again: bool) -
 
 
 class InnerLoop(ABC):
-    """What learners with an inner loop share; each says how it descends (`points`), and of which loss.
+    """φ_{k+1} = optimiser(φ_k, C(∇ L(φ_k))), φ₀ = θ, and ∇θ L_Q(φ_K(θ)) over everything in `meta.params`.
 
-    ∇θ L_Q(φ_K(θ)), over everything in `meta.params`, differentiated through `points`.
+    A learner is what it says of this differently: the loss L that inner steps descend (`inner_loss`), the `direction` C, the
+    `step_size`, the `optimiser`, whether φ is differentiated through (`again`), and the outer loss.
     """
 
     inner_steps: int
     adapts: tuple[str, ...]
+    order: int = 2
+    """2: the inner loop is differentiated through; 1: its gradients are constants."""
+    single_loss: ClassVar[bool] = False
+    """Whether the outer loss is that of the query after the last inner step and nothing else, so that an objective may add to it."""
 
-    @abstractmethod
     def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
         """φ₀ … φ_steps with all that goes with them."""
+        return descend(
+            self.inner_loss(meta, objective, data, steps), model_params(meta.params), steps, self.optimiser(), self.step_size,
+            adapts=self.adapts, again=self.again(meta), direction=self.direction(meta), state=self.state(meta),
+        )  # fmt: skip
+
+    def inner_loss(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Loss:
+        """What each of `steps` inner steps descends: the support's loss."""
+        return lambda p, step: objective.support(meta.slots | p, data, step)
+
+    def direction(self, meta: Meta) -> Direction:
+        """What an inner step makes of its gradient: by default nothing else."""
+        return lambda grads, step: grads
+
+    def step_size(self, step: int) -> float:
+        """The inner rate at a step; 1 where `direction` holds the rates."""
+        return 1.0
+
+    def optimiser(self) -> Optimiser:
+        """The inner optimiser."""
+        return SGD()
+
+    def state(self, meta: Meta) -> Params | None:
+        """Where the inner optimiser begins; None: anew."""
+        return None
+
+    def again(self, meta: Meta) -> bool:
+        """Whether φ will be differentiated through."""
+        return self.order == 2
 
     def outer_loss(self, meta: Meta, objective: Objective, data: Data) -> tuple[Tensor, Metrics]:
         """What `gradient` differentiates, and scalars to log."""
         end = last(self.points(meta, objective, data, self.inner_steps))
         loss = objective.query(meta.slots | end.params, data)
         if isinstance(objective, Explores):
-            loss = loss + objective.before(meta.slots | model_params(meta.params), data)
+            loss = loss + objective.exploration_loss(meta.slots | model_params(meta.params), data)
         return loss, support_losses(end)
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
@@ -107,7 +145,7 @@ class InnerLoop(ABC):
         return meta.slots | objective.track(meta.slots | model_params(meta.params), data)
 
     def claim(self) -> str:
-        return "second order"
+        return "second order" if self.order == 2 else "first order"
 
     def passes(self) -> int:
         """K inner gradients, as many more to differentiate through them, and the query's."""
@@ -117,10 +155,9 @@ class InnerLoop(ABC):
         return self
 
 
-def is_plain(learner: Learner) -> bool:
-    """Whether what a learner descends is the loss after its last inner step, and nothing else."""
-    own = {name for cls in type(learner).__mro__[: -len(InnerLoop.__mro__)] for name in vars(cls)}
-    return isinstance(learner, InnerLoop) and not own & {"outer_loss", "gradient"}
+def single_loss(learner: Learner) -> TypeGuard[InnerLoop]:
+    """Whether a learner's outer loss is that of the query after the last inner step, and nothing else (`InnerLoop.single_loss`)."""
+    return isinstance(learner, InnerLoop) and learner.single_loss
 
 
 def support_losses(point: Point) -> Metrics:

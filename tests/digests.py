@@ -49,7 +49,10 @@ VARIATIONS = {
     "glyphs": ("--execution loop", "--execution vmap", "--objective.norm frozen", "--policy.name asynchronous", "--model.name resnet"),
     "half-cheetah-direction-v5": ("--control.inner-loss dice", "--task.backend rollout"),
 }
-HELD_OUT = "--evaluation.validation-tasks 0 --evaluation.tasks 1 --evaluation.pictures 0 --pool local"
+HELD_OUT = (
+    "--evaluation.validation-tasks 0 --evaluation.tasks 1 --evaluation.steps 1 --evaluation.pictures 0 "
+    "--evaluation.robustness.eps 0 --pool local"
+)
 TEACHERS = "--count 3 --epochs 1 --pool local"
 
 

@@ -262,8 +262,8 @@ def test_theta_and_images_are_the_same_on_any_fleet_and_after_a_kill(pool_folder
     killed: list[int] = []
 
     def kill(driver: Driver) -> bool:
-        if not killed and driver.iteration == 3 and driver.workers:
-            killed.append(int(next(iter(driver.workers.values())).rpartition(":")[2]))
+        if not killed and driver.iteration == 3 and driver.roster.workers:
+            killed.append(int(next(iter(driver.roster.workers.values())).rpartition(":")[2]))
             os.kill(killed[0], signal.SIGKILL)
         return False
 

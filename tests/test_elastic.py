@@ -45,7 +45,7 @@ def test_nodes_come_and_go_and_no_bit_changes(tmp_path: Path, cluster: Any) -> N
 
     def look() -> bool:
         driver = holder[0]
-        workers, now = len(driver.workers), driver.iteration
+        workers, now = len(driver.roster.workers), driver.iteration
         if len(history) == 0 and workers == 1 and now >= 3:
             nodes.append(cluster.add_node(num_cpus=2))
             history.append((now, workers))

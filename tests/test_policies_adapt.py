@@ -112,8 +112,8 @@ def test_the_guard_checks_dice() -> None:
 def test_the_guard_would_find_a_wrong_exploration_term(monkeypatch: pytest.MonkeyPatch) -> None:
     run = small()
     run = replace(run, control=replace(run.control, inner_loss="likelihood_ratio", exploration=0.3))
-    real = Control.before
-    monkeypatch.setattr(Control, "before", lambda self, theta, data: real(self, tree.apply(torch.Tensor.detach, theta), data))
+    real = Control.exploration_loss
+    monkeypatch.setattr(Control, "exploration_loss", lambda self, theta, data: real(self, tree.apply(torch.Tensor.detach, theta), data))
     assert not gradient_guard.check(run).holds
 
 

@@ -88,6 +88,40 @@ def on_every_node(function: Callable[..., T], *arguments: Any, seconds: float = 
     return found
 
 
+class _Adder:
+    """Adds on its node."""
+
+    def add(self, bracket: Bracket, *operands: NDArray[Any]) -> Vector:
+        return added(bracket, operands)
+
+
+class Adders:
+    """One actor per living node that adds there, for one pool."""
+
+    def __init__(self) -> None:
+        self._by_node: dict[str, Any] = {}
+
+    def everywhere(self) -> list[Any]:
+        """Those of all living nodes; new ones where nodes have come."""
+        living = nodes()
+        for node in self._by_node.keys() - living.keys():
+            del self._by_node[node]
+        for node in living.keys() - self._by_node.keys():
+            there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+            self._by_node[node] = ray.remote(num_cpus=0, max_restarts=0)(_Adder).options(scheduling_strategy=there).remote()
+        return list(self._by_node.values())
+
+    def renew(self) -> None:
+        """One of them failed: new ones next time."""
+        self._by_node.clear()
+
+    def close(self) -> None:
+        """Let them go."""
+        for adder in self._by_node.values():
+            ray.kill(adder)
+        self._by_node.clear()
+
+
 @dataclass(frozen=True)
 class Remote:
     """A sum of vectors in the object stores of the nodes that made them, as the brackets in which they are to be added.
@@ -97,15 +131,16 @@ class Remote:
     """
 
     refs: tuple[Any, ...]
+    adders: Adders
     bracket: Bracket = 0
 
     def plus(self, other: Remote) -> Remote:
         """Both, in one more pair of brackets."""
-        return Remote(self.refs + other.refs, (self.bracket, _moved(other.bracket, len(self.refs))))
+        return Remote(self.refs + other.refs, self.adders, (self.bracket, _moved(other.bracket, len(self.refs))))
 
     def fetch(self) -> Vector:
         """The sum. Raises Lost where a node is gone."""
-        adders = list(_adders().values())
+        adders = self.adders.everywhere()
         parts: list[Any] = []
 
         def split(bracket: Bracket) -> Bracket:
@@ -123,7 +158,7 @@ class Remote:
             outer = split(self.bracket)
             return added(outer, ray.get(parts, timeout=FETCH_SECONDS))
         except (RayError, TimeoutError) as error:
-            _ADDERS.clear()
+            self.adders.renew()
             raise Lost(f"a sum that stayed on its node is lost ({cause(error)})") from error
 
 
@@ -132,34 +167,6 @@ def added(bracket: Bracket, operands: Sequence[NDArray[Any]]) -> Vector:
     if isinstance(bracket, tuple):
         return np.add(added(bracket[0], operands), added(bracket[1], operands))
     return wire.restored(operands[bracket])
-
-
-class _Adder:
-    """Adds on its node."""
-
-    def add(self, bracket: Bracket, *operands: NDArray[Any]) -> Vector:
-        return added(bracket, operands)
-
-
-_ADDERS: dict[str, Any] = {}
-
-
-def _adders() -> dict[str, Any]:
-    """One adder per living node."""
-    living = nodes()
-    for node in _ADDERS.keys() - living.keys():
-        del _ADDERS[node]
-    for node in living.keys() - _ADDERS.keys():
-        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        _ADDERS[node] = ray.remote(num_cpus=0, max_restarts=0)(_Adder).options(scheduling_strategy=there).remote()
-    return _ADDERS
-
-
-def forget() -> None:
-    """Let the adders go."""
-    for adder in _ADDERS.values():
-        ray.kill(adder)
-    _ADDERS.clear()
 
 
 def _operands(bracket: Bracket) -> list[int]:

@@ -17,7 +17,7 @@ from cluster.fleet import ray_fleet, wire
 from cluster.fleet.machine import data_files, environment, whereabouts
 from cluster.fleet.messages import Assignment, Broadcast, Contribution, Event, Failure, FleetEvent, RunStopped
 from cluster.fleet.placement import IN_FLIGHT, Deadlines, Experience
-from cluster.fleet.ray_fleet import FETCH_SECONDS, Remote, cause
+from cluster.fleet.ray_fleet import FETCH_SECONDS, Adders, Remote, cause
 from cluster.fleet.recipe import Recipe
 from cluster.fleet.worker import Worker
 from envs import store
@@ -96,7 +96,7 @@ class RayPool:
         if variables:
             options["runtime_env"] = {"env_vars": variables}
         self._class: Any = ray.remote(**options)(self.actor)
-        self._apart = sums == "fleet"
+        self._apart, self._adders = sums == "fleet", Adders()
         self._nodes: dict[str, str] = {}
         self._looked = 0.0
         self._wanted = f"{workers} workers of {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
@@ -162,7 +162,7 @@ class RayPool:
             ray.kill(actor.handle)
         self._actors.clear()
         self._values.clear()
-        ray_fleet.forget()
+        self._adders.close()
         if self._started:
             ray.shutdown()
 
@@ -234,7 +234,7 @@ class RayPool:
         if not self._apart:
             return wire.decode_sum(*ray.get(ref, timeout=FETCH_SECONDS))
         header, vector = ray.get(ref[0], timeout=FETCH_SECONDS), ref[1]
-        answer = wire.decode_sum(header, Remote((vector,)))
+        answer = wire.decode_sum(header, Remote((vector,), self._adders))
         if answer.finite and 2 * wire.size(answer.layout) > RETURNED_INLINE:
             return answer
         return wire.decode_sum(header, ray.get(vector, timeout=FETCH_SECONDS))

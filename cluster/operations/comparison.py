@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cluster.operations.existing_run import CONFIGURATION, configuration
 from cluster.record.storage import Place, place, write_atomically
+from cluster.results import drawing, interval
 from cluster.results.report import RESULTS
 from cluster.setup import config
 from cluster.setup.run import Run
@@ -40,7 +41,7 @@ class Group:
         means = np.array([r["mean"][measure] for r in self.results])
         if len(means) == 1:
             return means[0], np.array(self.results[0]["ci95"][measure])
-        return over_seeds(means)
+        return means.mean(0), interval.over_seeds(means)
 
     def spent(self, what: str) -> str:
         """What one run took to train, in the currency of equal budgets, with the runs that it began from."""
@@ -62,19 +63,7 @@ class Group:
         means = {k: np.array([f["mean"][k] for f in found]) for k in found[0]["mean"]}
         if len(found) == 1:
             return {k: (float(v[0]), found[0]["ci95"][k]) for k, v in means.items()}
-        intervals = {k: over_seeds(v) for k, v in means.items()}
-        return {k: (float(mean), float(half)) for k, (mean, half) in intervals.items()}
-
-
-def over_seeds(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(mean, half-width of the 95 % interval) of `values` [seeds, ...], two seeds or more.
-
-    Student's t₀.₉₇₅(n − 1) · s/√n: over 600 tasks 1.96 stands for the quantile, but with three seeds it is 4.30, and 1.96 would cover 81 %.
-    """
-    from scipy.stats import t  # half a second that only this needs
-
-    n = len(values)
-    return values.mean(0), t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
+        return {k: (float(v.mean(0)), float(interval.over_seeds(v))) for k, v in means.items()}
 
 
 def grouped(directories: Sequence[Place]) -> list[Group]:
@@ -144,7 +133,7 @@ def plot(groups: list[Group], out: Path) -> None:
         right.set(xlabel="meta-iterations", ylabel=f"validation {name}, last inner step")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize="small")
-    figure.savefig(out, dpi=110)
+    drawing.save(figure, out)
 
 
 def _group(members: list[Place], run: Run) -> Group:

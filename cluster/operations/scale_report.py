@@ -13,9 +13,11 @@ from rich.table import Table
 
 from cluster.operations.scale import Experiment, Point, rows, smoothed
 from cluster.record.storage import Place, make_folder, write_atomically
+from cluster.results import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = {
     "scaling": "scaling", "policy": "policy", "workers": "workers", "meta_batch": "meta-batch", "startup_s": "start-up s",
@@ -40,7 +42,7 @@ def write(points: list[Point], experiment: Experiment, facts: dict[str, Any], ho
         "points": [r | {"curve": p.run.curve} for r, p in zip(found, points, strict=True)],
     }
     write_atomically(home / "scale.json", json.dumps(content, indent=1).encode())
-    write_atomically(home / "scale.png", plot(points))
+    drawing.save(plot(points), home / "scale.png")
     write_atomically(home / "scale.md", page(found, experiment, facts).encode())
 
 
@@ -85,8 +87,8 @@ def page(found: list[dict[str, Any]], experiment: Experiment, facts: dict[str, A
     return "\n".join([*lines, "", "![throughput, efficiency, loss over time](scale.png)", ""])
 
 
-def plot(points: list[Point]) -> bytes:
-    """Throughput and efficiency over workers with the ideal, where the workers' time goes, and loss over time: a PNG."""
+def plot(points: list[Point]) -> Figure:
+    """Throughput and efficiency over workers with the ideal, where the workers' time goes, and loss over time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8), layout="constrained")
@@ -114,9 +116,7 @@ def plot(points: list[Point]) -> bytes:
     loss.set(xlabel="seconds after the warm-up", ylabel="training loss (or minus return), mean of 5")
     loss.legend(fontsize="x-small")
     _shares(times, points)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=100)
-    return png.getvalue()
+    return figure
 
 
 def _shares(axes: Axes, points: list[Point]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from cluster.fleet.recipe import Recipe
-from cluster.record.storage import write_atomically
+from cluster.results import drawing, interval
 from envs.images.episodes import beside
 from learners.base import Meta
 from learners.objectives.attack import attacked_query
@@ -35,7 +34,7 @@ class Matrix:
     def of(cls, rows: dict[str, NDArray[np.float64]], steps: int, how: Robustness) -> Matrix:
         """From per-task values [tasks]."""
         tasks = len(next(iter(rows.values())))
-        half = {k: 1.96 * float(v.std(ddof=1)) / np.sqrt(tasks) if tasks > 1 else 0.0 for k, v in rows.items()}
+        half = {k: float(interval.over_tasks(v)) for k, v in rows.items()}
         return cls(tasks, steps, how, {k: float(v.mean()) for k, v in rows.items()}, half)
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,7 +77,4 @@ def picture(recipe: Recipe, meta: Meta, path: Path) -> list[Path]:
         data["query_x"].cpu().numpy(), attacked["query_x"].cpu().numpy(), data["query_y"].cpu().numpy(), *guesses,
         title=f"Queries of a held-out task, clean and under {name}, ε = {how.eps:g}; normalisation {view.norm}",
     )  # fmt: skip
-    file = io.BytesIO()
-    figure.savefig(file, dpi=110)
-    write_atomically(path, file.getvalue())
-    return [path]
+    return [drawing.save(figure, path)]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from cluster.results import interval
 from learners.base import GROUP
 
 log = logging.getLogger("metafleet")
@@ -50,8 +51,7 @@ class Curves:
 
     @classmethod
     def _of(cls, tasks: int, rows: dict[str, NDArray[np.float64]]) -> Curves:
-        spread = {k: v.std(0, ddof=1) if tasks > 1 else np.zeros(v.shape[1]) for k, v in rows.items()}
-        return cls(tasks, {k: v.mean(0) for k, v in rows.items()}, {k: 1.96 * s / np.sqrt(tasks) for k, s in spread.items()})
+        return cls(tasks, {k: v.mean(0) for k, v in rows.items()}, {k: interval.over_tasks(v) for k, v in rows.items()})
 
     def score(self) -> float:
         """The first measure at the last step: what the best θ is chosen by."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cluster.fleet.recipe import Recipe
 from cluster.record.storage import write_atomically
+from cluster.results import drawing
 from envs.base import Array, Arrays, Clip, HasFilm, HasPicture, Predict
 from learners.base import Data, Meta, Objective, Params, pack
 
@@ -59,7 +60,7 @@ def picture(family: object, what: Shown, path: Path) -> list[Path]:
     """Draw the tasks into a PNG; the files written, none where the family draws nothing."""
     if not isinstance(family, HasPicture):
         return []
-    return [_save(family.picture(what.tasks, what.predict, what.steps), path)]
+    return [drawing.save(family.picture(what.tasks, what.predict, what.steps), path, tight=True)]
 
 
 def film(family: object, what: Shown, path: Path) -> list[Path]:
@@ -72,7 +73,7 @@ def film(family: object, what: Shown, path: Path) -> list[Path]:
     films = family.film(what.tasks, what.predict, what.steps)
     titles = [family.title(task) for task in what.tasks]
     return [
-        _save(_strip(films, titles, what.steps), path),
+        drawing.save(_strip(films, titles, what.steps), path, tight=True),
         *(_animate(f, path.with_name(f"{path.stem}-{i}.gif")) for i, f in enumerate(films)),
     ]
 
@@ -99,13 +100,6 @@ def _animate(film: list[Clip], path: Path) -> Path:
     first, *rest = [Image.fromarray(frame) for frame in np.concatenate([clip.frames for clip in film], 2)]
     file = io.BytesIO()
     first.save(file, "GIF", save_all=True, append_images=rest, duration=round(1000 * film[0].seconds), loop=0)
-    write_atomically(path, file.getvalue())
-    return path
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    file = io.BytesIO()
-    figure.savefig(file, dpi=110, bbox_inches="tight")
     write_atomically(path, file.getvalue())
     return path
 

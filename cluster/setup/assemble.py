@@ -16,10 +16,11 @@ from cluster.setup.run import Run
 from envs.images.data_free import DataFree
 from learners.algorithms.proto_net import ProtoNet
 from learners.base import Objective, Params
-from learners.inner import is_plain
+from learners.inner import single_loss
 from learners.models.functional import Functional, functional
 from learners.models.networks import Gaussian
-from learners.objectives.control import Control, Rollouts
+from learners.objectives.control import Control
+from learners.objectives.recording import Rollouts
 from learners.objectives.supervised import Supervised
 from learners.purer.calibration import DataFreeMAML
 
@@ -60,7 +61,7 @@ def _objective(run: Run, network: Functional) -> Objective:
         if not isinstance(network.module, Gaussian):
             raise ValueError("RL tasks want a policy: --model.name gaussian_mlp")
         keys = run.control
-        if keys.exploration and not is_plain(run.learner):
+        if keys.exploration and not single_loss(run.learner):
             raise ValueError(f"control.exploration={keys.exploration}: the outer loss of {type(run.learner).__name__} has no place for it")
         return Control(network, run.task, keys.inner_loss, keys.discount, keys.gae, keys.exploration)
     return Supervised(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -12,29 +13,69 @@ from cluster.fleet import wire
 from cluster.fleet.messages import Contribution, Elsewhere, Layout, Vector
 from learners.base import CARRIED, Sum
 
-Node: TypeAlias = tuple[Vector | Elsewhere, float, bool] | None
-"""Total and weight of a subtree, and whether the total is ours to overwrite; None where all of it was rejected."""
+T = TypeVar("T")
+
+Node: TypeAlias = tuple[Vector | Elsewhere, float, bool]
+"""Total and weight of a subtree, and whether the total is ours to overwrite."""
+
+
+class Bracket(Generic[T]):
+    """Σ over places 0 … n−1, bracketed as a binary tree over their numbers; None where there is nothing to add.
+
+    Floats are not associative, so the bracketing may not depend on who answered first: node [a, b) of a level is
+    its left half plus its right half, whenever both are there. An empty half leaves the other as it is.
+    """
+
+    def __init__(self, places: int, plus: Callable[[T, T], T]) -> None:
+        self.places, self._plus = places, plus
+        self._nodes: dict[tuple[int, int], T | None] = {}  # (level, position) → sum
+        self._top = (places - 1).bit_length()
+        self.missing = places
+
+    def place(self, index: int, value: T | None) -> None:
+        """What stands at a place; adds whatever can be added now."""
+        self.missing -= 1
+        level, position = 0, index
+        self._nodes[0, index] = value
+        while level < self._top:
+            left, right = (level, position & ~1), (level, position | 1)
+            if left not in self._nodes or (right not in self._nodes and right[1] << level < self.places):
+                return
+            a, b = self._nodes.pop(left), self._nodes.pop(right, None)
+            level, position = level + 1, position >> 1
+            self._nodes[level, position] = self._plus(a, b) if a is not None and b is not None else (b if a is None else a)
+
+    def total(self) -> T | None:
+        """The sum of all places; None where all are empty. Raises ValueError while some are missing."""
+        if self.missing:
+            raise ValueError(f"{self.missing} of {self.places} shards are missing")
+        return self._nodes[self._top, 0]
+
+
+def bracketed(values: Sequence[T | None], plus: Callable[[T, T], T]) -> T | None:
+    """The sum of values that are all there, in the same brackets."""
+    bracket = Bracket(len(values), plus)
+    for index, value in enumerate(values):
+        bracket.place(index, value)
+    return bracket.total()
 
 
 class Tree:
-    """Σ over shards 0 … n−1, bracketed as a binary tree over shard indices.
+    """Σ over the contributions of shards 0 … n−1. A rejected shard leaves its place empty.
 
-    Floats are not associative, so the bracketing may not depend on who answered first: node [a, b) of a level is
-    its left half plus its right half, whenever both are there. A rejected shard leaves its half empty. Vectors that are
-    elsewhere are added there, in the same brackets, once the total is asked for.
+    Vectors that are elsewhere are added there, in the same brackets, once the total is asked for.
     """
 
     def __init__(self, shards: int) -> None:
         self.shards = shards
         self.layout: Layout | None = None
-        self._nodes: dict[tuple[int, int], Node] = {}  # (level, position) → sum
+        self._bracket = Bracket(shards, _plus)
         self._rows: dict[int, dict[str, NDArray[np.floating]]] = {}
-        self._missing = shards
 
     @property
     def done(self) -> bool:
         """Whether every shard was added or rejected."""
-        return self._missing == 0
+        return self._bracket.missing == 0
 
     def add(self, index: int, contribution: Contribution) -> None:
         """Add the contribution of shard `index`."""
@@ -43,18 +84,15 @@ class Tree:
         elif self.layout != contribution.layout:
             raise ValueError(f"shard {index} answered with other parameters than the shards before it")
         self._rows[index] = contribution.rows
-        self._place(index, (contribution.vector, contribution.weight, False))
+        self._bracket.place(index, (contribution.vector, contribution.weight, False))
 
     def reject(self, index: int) -> None:
         """Go on without shard `index`."""
-        self._place(index, None)
+        self._bracket.place(index, None)
 
     def total(self) -> Sum:
         """The sum over all shards. Raises ValueError where every one was rejected, Lost where one that was elsewhere is gone."""
-        if not self.done:
-            raise ValueError(f"{self._missing} of {self.shards} shards are missing")
-        level = (self.shards - 1).bit_length()
-        root = self._nodes[level, 0]
+        root = self._bracket.total()
         if root is None or self.layout is None:
             raise ValueError(f"all {self.shards} shards were rejected")
         vector, weight, _ = root
@@ -63,27 +101,9 @@ class Tree:
         here = vector if isinstance(vector, np.ndarray) else vector.fetch()
         return Sum(wire.unflatten(self.layout, here), weight, {k: torch.from_numpy(v) for k, v in rows.items()})
 
-    def _place(self, index: int, value: Node) -> None:
-        self._missing -= 1
-        level, position = 0, index
-        self._nodes[0, index] = value
-        while level < (self.shards - 1).bit_length():
-            left, right = (level, position & ~1), (level, position | 1)
-            if left not in self._nodes or (right not in self._nodes and self._exists(right)):
-                return
-            value = _plus(self._nodes.pop(left), self._nodes.pop(right, None))
-            level, position = level + 1, position >> 1
-            self._nodes[level, position] = value
-
-    def _exists(self, node: tuple[int, int]) -> bool:
-        level, position = node
-        return position << level < self.shards
-
 
 def _plus(left: Node, right: Node) -> Node:
     """left + right; into left's memory where that is a sum of ours."""
-    if left is None or right is None:
-        return left or right
     a, b, weight = left[0], right[0], left[1] + right[1]
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return np.add(a, b, out=a if left[2] else None), weight, True

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cluster.fleet.messages import Lost, RunStopped
 from cluster.record.checkpoint import Work
+from cluster.training.aggregate import bracketed
 from cluster.training.dispatch import Dispatcher, Round, Shards
-from cluster.training.policy import Batch, Limits, Step, Stepper, logged, times
+from cluster.training.policy import Batch, Policy, Step, Stepper, logged, times
 from learners.base import GROUP, Meta, OneRound, Outer, Params, Sum, pack
 from learners.engine import tree
 
@@ -32,7 +33,7 @@ class Late(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asynchronous(Limits):
+class Asynchronous(Policy):
     """Step after every `buffer` contributions, whoever they are from; no worker ever waits for another.
 
     A contribution computed at version v and applied at version v + s has staleness s. With wᵢ = (1 + sᵢ)^−power and nᵢ its
@@ -64,11 +65,6 @@ class Asynchronous(Limits):
         if self.buffer and self.in_flight and self.in_flight < self.buffer:
             raise ValueError(f"in_flight={self.in_flight} is below buffer={self.buffer}: no step would ever be full")
 
-    @property
-    def backups(self) -> float:
-        """Nobody waits for anybody."""
-        return 0.0
-
     def check(self, outer: Outer) -> None:
         """Raise ValueError for an outer step of several rounds: they must all see one θ."""
         if not isinstance(outer, OneRound):
@@ -84,11 +80,10 @@ class Asynchronous(Limits):
         """(G as a sum, factor of the rate) of contributions in the order of their shards, θ being `now`, packed; None: a rejected one."""
         weights = [(1.0 + c.staleness) ** -self.power if c else 0.0 for c in late]
         parts = [_scaled(self._current(c, now), w) if c else None for c, w in zip(late, weights, strict=True)]
-        while len(parts) > 1:  # the bracketing of `aggregate.Tree`
-            parts = [_plus(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
-        if parts[0] is None:
+        total = bracketed(parts, _plus)
+        if total is None:
             raise ValueError(f"all {len(late)} contributions were rejected")
-        return parts[0], (sum(weights) / sum(c is not None for c in late)) ** self.damping
+        return total, (sum(weights) / sum(c is not None for c in late)) ** self.damping
 
     def _current(self, c: Late, now: Params) -> Sum:
         """A stale sum as of `now`: what was added to slots since then (a clock, running statistics) stays added, and if there is
@@ -236,8 +231,6 @@ def _scaled(total: Sum, weight: float) -> Sum:
     return Sum(tree.scale(weight, total.total), weight * total.weight, total.rows)
 
 
-def _plus(left: Sum | None, right: Sum | None = None) -> Sum | None:
-    if left is None or right is None:
-        return left or right
+def _plus(left: Sum, right: Sum) -> Sum:
     rows = {k: torch.cat([v, right.rows[k]]) for k, v in left.rows.items()}
     return Sum(tree.add(left.total, right.total), left.weight + right.weight, rows)

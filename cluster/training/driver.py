@@ -26,6 +26,7 @@ from cluster.training.evaluation import Evaluation, Pending, judge
 from cluster.training.identity import digest, identity, initial
 from cluster.training.ledger import COUNTS, Ledger
 from cluster.training.policy import Batch, Policy, Step, idle
+from cluster.training.roster import Roster
 from cluster.training.synchronous import DEFAULT
 from learners.base import HasRates, Meta, Params, Shows
 
@@ -46,9 +47,8 @@ class Driver:
                  evaluation: Evaluation | None = None, allow_mixed_fleet: bool = False, lease: Lease | None = None,
                  prometheus_port: int = 0, hparams: dict[str, object] | None = None, begin: Meta | None = None,
                  interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
-        """`lease`: one on the directory that the caller holds; without it the driver takes its own. `begin`: what another run learned,
-        to go on from. `prometheus_port`: where to
-        serve the metrics; 0: nowhere.
+        """`lease`: one on the directory that the caller holds; without it the driver takes its own. `begin`: what another run
+        learned, to go on from. `prometheus_port`: where to serve the metrics; 0: nowhere.
         """
         if iterations < 0 or shard < 1 or meta_batch < 1 or meta_batch % shard:
             raise ValueError(f"meta_batch={meta_batch} is not a positive multiple of shard={shard}")
@@ -69,8 +69,6 @@ class Driver:
         if recipe.compression != "none" and self.meta.slots:
             names = ", ".join(list(self.meta.slots)[:3])
             raise ValueError(f"compression={recipe.compression!r} would round what the run carries on ({names}): 'none' wanted")
-        self.workers: dict[str, str] = {}
-        self.nodes: dict[str, str] = {}
         self._best: dict[str, float] = {}
         self._facts = identity(recipe, self.meta, meta_batch, shard)
         self._pending: Pending | None = None
@@ -131,6 +129,7 @@ class Driver:
         restored = self.checkpoints.newest()
         if restored:
             self._restore(restored)
+        self.roster = Roster(self._facts, allow_mixed=self._allow_mixed_fleet)
         path = self.directory / "journal"
         tickets, next_ticket = unfinished(path)
         self.journal = Journal(path, self.lease.check)
@@ -177,13 +176,13 @@ class Driver:
         self.journal.write("apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta), **step.record)
         self.ledger.apply(step.tickets)
         fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {
-            "fleet/workers": float(len(self.workers)), "fleet/nodes": float(len(self.nodes)),
+            "fleet/workers": float(len(self.roster.workers)), "fleet/nodes": float(len(self.roster.nodes)),
             "fleet/in_flight": float(len(self.ledger.open)), "fleet/queued": float(self.dispatcher.queued),
         }  # fmt: skip
         answers, shares = sum(self.dispatcher.shares.values()), self.dispatcher.shares
         fleet |= {f"share/{worker}": n / answers for worker, n in shares.items()}
         shares.clear()
-        waited = idle(len(self.workers), step.metrics)
+        waited = idle(len(self.roster.workers), step.metrics)
         self.monitor.scalars(self.iteration, step.metrics | waited | fleet, step.samples)
         self._status("running")
 
@@ -253,26 +252,13 @@ class Driver:
         )  # fmt: skip
 
     def _status(self, state: str, *, now: bool = False) -> None:
-        self.monitor.status(state, self.iteration, now=now, attempt=self.lease.attempt, workers=self.workers, nodes=self.nodes,
-                            counts=self.ledger.counts, best=self._best)  # fmt: skip
+        self.monitor.status(
+            state, self.iteration, now=now, attempt=self.lease.attempt, workers=self.roster.workers, nodes=self.roster.nodes,
+            counts=self.ledger.counts, best=self._best,
+        )  # fmt: skip
 
     def _fleet_event(self, event: FleetEvent) -> None:
         self.journal.write("fleet", event=asdict(event))
-        self.monitor.event(self.iteration, f"{event.kind}: {event.worker} ({event.where}) {event.detail.get('reason', '')}".strip())
-        members = self.nodes if event.kind.startswith("node") else self.workers
-        if event.kind.endswith("joined"):
-            members[event.worker] = event.where
-        else:
-            members.pop(event.worker, None)
-            log.warning("%s %s (%s): %s", event.kind, event.worker, event.where, event.detail.get("reason", ""))
-        if event.kind == "joined" and not self._allow_mixed_fleet:
-            self._check_equal(event)
-
-    def _check_equal(self, event: FleetEvent) -> None:
-        """Bits depend on versions and processor features: a fleet where they differ must be allowed explicitly."""
-        wanted = self._facts.setdefault("environment", event.detail)  # that of the first worker ever
-        driver = environment() | {"gpu": wanted.get("gpu", "")}  # which adds and steps, on a CPU
-        for who, seen in ((f"worker {event.worker}", event.detail), ("the driver", driver)):
-            different = [f"{k} {v!r} instead of {wanted.get(k)!r}" for k, v in seen.items() if wanted.get(k) != v]
-            if different:
-                raise RunStopped(f"{who} has {', '.join(different)}: results would depend on who computes what (--allow-mixed-fleet)")
+        reason = event.detail.get("reason", "")
+        self.monitor.event(self.iteration, f"{event.kind}: {event.worker} ({event.where}) {reason}".strip())
+        self.roster.note(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,39 +46,9 @@ class Stepper(Protocol):
         """What is left to do, θ being at `version`."""
 
 
-class Policy(Protocol):
-    """Decides what an outer step waits for."""
-
-    @property
-    def deadlines(self) -> Deadlines:
-        """When a shard is late."""
-
-    @property
-    def max_attempts(self) -> int:
-        """Attempts at a shard before the run stops."""
-
-    @property
-    def max_rejected(self) -> float:
-        """Share of a round that may be rejected as not finite before the run stops."""
-
-    @property
-    def quarantine(self) -> int:
-        """Workers that may die of a shard before it is given up."""
-
-    @property
-    def backups(self) -> float:
-        """A shard out for this many times its verb's median is given to a second worker that has nothing to do; 0: never."""
-
-    def check(self, outer: Outer) -> None:
-        """Raise ValueError for an outer step that it cannot serve."""
-
-    def begin(self, outer: Outer, dispatcher: Dispatcher, batch: Batch, work: Work) -> Stepper:
-        """Set to work, where `work` was left."""
-
-
 @dataclass(frozen=True)
-class Limits:
-    """What a policy puts up with."""
+class Policy(ABC):
+    """Decides what an outer step waits for, and what is put up with until then."""
 
     deadlines: Deadlines = field(default_factory=Deadlines)
     """When a shard is late."""
@@ -95,6 +66,18 @@ class Limits:
             raise ValueError(
                 f"max_attempts={self.max_attempts}, max_rejected={self.max_rejected}: at least 1 and a share from 0 to 1 wanted"
             )
+
+    @property
+    def backups(self) -> float:
+        """A shard out for this many times its verb's median is given to a second worker that has nothing to do; 0: never."""
+        return 0.0
+
+    def check(self, outer: Outer) -> None:  # noqa: B027 - most policies serve every outer step
+        """Raise ValueError for an outer step that it cannot serve."""
+
+    @abstractmethod
+    def begin(self, outer: Outer, dispatcher: Dispatcher, batch: Batch, work: Work) -> Stepper:
+        """Set to work, where `work` was left."""
 
 
 SUMMED = ("perf/", "count/")

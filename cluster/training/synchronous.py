@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from cluster.record.checkpoint import Work
 from cluster.training.dispatch import Dispatcher, Shards
-from cluster.training.policy import Batch, Limits, Policy, Step, Stepper, logged, times
+from cluster.training.policy import Batch, Policy, Step, Stepper, logged, times
 from learners.base import Meta, Outer, Params, Sum, pack
 
 
 @dataclass(frozen=True)
-class Synchronous(Limits):
+class Synchronous(Policy):
     """Each round waits for the whole meta-batch; the result does not depend on the fleet."""
 
     backups: float = 0.0
@@ -23,9 +23,6 @@ class Synchronous(Limits):
         super().__post_init__()
         if self.backups < 0:
             raise ValueError(f"backups={self.backups}: 0 or more wanted")
-
-    def check(self, outer: Outer) -> None:
-        """Any number of rounds will do."""
 
     def begin(self, outer: Outer, dispatcher: Dispatcher, batch: Batch, work: Work) -> Stepper:
         """Set to work; which shards are due follows from θ's version alone."""

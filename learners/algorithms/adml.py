@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +28,8 @@ class ADML(MAML):
     The crossing is as in the re-implementation of Goldblum, Fowl, Goldstein 2020; `pairing = "matched"` is the ablation
     in which each arm is judged on its own kind. At test it adapts to the support set as it is, with α₂.
     """
+
+    single_loss: ClassVar[bool] = False
 
     inner_lr: float = 0.01
     """α₂, inner rate of the clean arm, and at test."""

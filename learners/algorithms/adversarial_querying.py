@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +22,8 @@ class AdversarialQuerying(MAML):
     One arm, and no attack inside the inner loop: cheaper than ADML. The default attack is the paper's: PGD of 7 steps,
     ε = 8/255, step 2/255.
     """
+
+    single_loss: ClassVar[bool] = False
 
     inner_steps: int = 5
     """K, inner steps in meta-training."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,8 +10,7 @@ from learners.base import Data, Gradient, Meta, Objective, Params, check_inner_l
 from learners.engine import tree
 from learners.engine.conjugate_gradient import conjugate_gradient
 from learners.engine.derivative import differentiate, linearised
-from learners.engine.optimisers import SGD
-from learners.inner import InnerLoop, Point, descend, last, partition, support_losses
+from learners.inner import InnerLoop, Loss, last, partition, support_losses
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,20 @@ class IMAML(InnerLoop):
         if self.proximal <= 0 or self.solver_steps < 0:
             raise ValueError(f"proximal={self.proximal}, solver_steps={self.solver_steps}: more than 0, and 0 or more wanted")
 
-    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
+    def inner_loss(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Loss:
         theta = meta.params
 
-        def loss(p: Params, step: int) -> Tensor:
+        def proximal(p: Params, step: int) -> Tensor:
             away = tree.sub({k: p[k] for k in theta}, theta)
             return objective.support(meta.slots | p, data, step) + self.proximal / 2 * tree.dot(away, away)
 
-        return descend(loss, theta, steps, SGD(), self.inner_lr, adapts=self.adapts, again=False)
+        return proximal
+
+    def step_size(self, step: int) -> float:
+        return self.inner_lr
+
+    def again(self, meta: Meta) -> bool:
+        return False
 
     def gradient(self, meta: Meta, objective: Objective, data: Data) -> Gradient:
         end = last(self.points(meta, objective, data, self.inner_steps))

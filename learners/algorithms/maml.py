@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from learners.base import Data, Meta, Objective, check_inner_loop
-from learners.engine.optimisers import SGD
-from learners.inner import InnerLoop, Point, descend
+from learners.base import check_inner_loop
+from learners.inner import InnerLoop
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,8 @@ class MAML(InnerLoop):
     `adapts = ["head*"]` is ANIL (Raghu et al. 2020): the body is meta-learned and stands still inside, which puts
     D = diag(0, α) in place of α. The complement, `adapts = ["block*"]` on Conv4, is BOIL (Oh et al. 2021).
     """
+
+    single_loss: ClassVar[bool] = True
 
     inner_lr: float = 0.01
     """α, the rate of the inner loop."""
@@ -36,14 +36,5 @@ class MAML(InnerLoop):
     def __post_init__(self) -> None:
         check_inner_loop(min(self.inner_lr, self.later_lr), self.inner_steps)
 
-    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
-        return descend(
-            lambda p, step: objective.support(meta.slots | p, data, step),
-            meta.params, steps, SGD(), self._rate, adapts=self.adapts, again=self.order == 2,
-        )  # fmt: skip
-
-    def _rate(self, step: int) -> float:
+    def step_size(self, step: int) -> float:
         return self.later_lr if step and self.later_lr else self.inner_lr
-
-    def claim(self) -> str:
-        return "second order" if self.order == 2 else "first order"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +11,7 @@ from torch import Tensor
 from learners.base import Data, Meta, Metrics, Objective, Params, check_inner_loop
 from learners.engine import tree
 from learners.engine.derivative import transformed
-from learners.engine.optimisers import SGD
-from learners.inner import InnerLoop, Point, descend, model_params, partition, support_losses
+from learners.inner import Direction, InnerLoop, partition, support_losses
 
 RATE = "rate"
 CLOCK = "clock"
@@ -60,22 +58,20 @@ class MAMLPlusPlus(InnerLoop):
         clock = torch.zeros((), dtype=next(iter(params.values())).dtype)
         return Meta(params | tree.with_prefix(RATE, rates), {CLOCK: clock})
 
-    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
-        rates = self.rates(meta.params)
-        second = (self._epoch(meta) >= self.second_order_from).to(meta.slots[CLOCK].dtype)
+    def again(self, meta: Meta) -> bool:
+        return transformed() or bool(self._second(meta))
+
+    def direction(self, meta: Meta) -> Direction:
+        rates, second = self.rates(meta.params), self._second(meta)
         # A graph cannot branch on a number, so there the two orders are blended; the loop saves itself the work.
         blend = transformed() and self.second_order_from > 0
-        again = transformed() or bool(second)
 
-        def direction(grads: Params, step: int) -> Params:
+        def scaled(grads: Params, step: int) -> Params:
             if blend:
                 grads = tree.apply(lambda g: g.detach() + second * (g - g.detach()), grads)
             return {k: rates[k][min(step, self.inner_steps - 1)] * g for k, g in grads.items()}
 
-        return descend(
-            lambda p, step: objective.support(meta.slots | p, data, step),
-            model_params(meta.params), steps, SGD(), 1.0, adapts=self.adapts, again=again, direction=direction,
-        )  # fmt: skip
+        return scaled
 
     def outer_loss(self, meta: Meta, objective: Objective, data: Data) -> tuple[Tensor, Metrics]:
         points = list(self.points(meta, objective, data, self.inner_steps))
@@ -110,6 +106,10 @@ class MAMLPlusPlus(InnerLoop):
 
     def claim(self) -> str:
         return "second order" if self.second_order_from == 0 else "first order"
+
+    def _second(self, meta: Meta) -> Tensor:
+        """1 from the epoch on in which the inner loop is differentiated through, 0 before."""
+        return (self._epoch(meta) >= self.second_order_from).to(meta.slots[CLOCK].dtype)
 
     def _epoch(self, meta: Meta) -> Tensor:
         return torch.floor(meta.slots[CLOCK].round() / self.epoch)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from learners.base import Data, Meta, Objective, Params, check_inner_loop
+from learners.base import Meta, Params, check_inner_loop
 from learners.engine import tree
-from learners.engine.optimisers import SGD
-from learners.inner import InnerLoop, Point, descend, model_params, partition
+from learners.inner import Direction, InnerLoop, partition
 
 CURVATURE = "curvature"
 
@@ -26,6 +24,8 @@ class MetaCurvature(InnerLoop):
     matrix over each of out, in and the h·w positions.  Vectors: entry by entry, as in Meta-SGD, which is the case
     of diagonal matrices. Equation 6 of the paper, up to the order of modes, which commute.
     """
+
+    single_loss: ClassVar[bool] = True
 
     inner_lr: float = 0.01
     """α, the rate of the inner loop."""
@@ -44,19 +44,12 @@ class MetaCurvature(InnerLoop):
         modes = {f"{name}/{mode}": start for name, v in moving.items() for mode, start in _identity(v).items()}
         return Meta(params | tree.with_prefix(CURVATURE, modes), {})
 
-    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
+    def direction(self, meta: Meta) -> Direction:
         modes = tree.under(CURVATURE, meta.params)
+        return lambda grads, step: {k: precondition(g, tree.under(k, modes)) for k, g in grads.items()}
 
-        def direction(grads: Params, step: int) -> Params:
-            return {k: precondition(g, tree.under(k, modes)) for k, g in grads.items()}
-
-        return descend(
-            lambda p, step: objective.support(meta.slots | p, data, step),
-            model_params(meta.params), steps, SGD(), self.inner_lr, adapts=self.adapts, again=self.order == 2, direction=direction,
-        )  # fmt: skip
-
-    def claim(self) -> str:
-        return "second order" if self.order == 2 else "first order"
+    def step_size(self, step: int) -> float:
+        return self.inner_lr
 
 
 def _identity(v: Tensor) -> Params:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from learners.base import Data, Meta, Objective, Params, check_inner_loop
+from learners.base import Meta, Params, check_inner_loop
 from learners.engine import tree
-from learners.engine.optimisers import SGD
-from learners.inner import InnerLoop, Point, descend, model_params, partition
+from learners.inner import Direction, InnerLoop, partition
 
 ALPHA = "alpha"
 
@@ -30,6 +28,8 @@ class MetaSGD(InnerLoop):
     `rate` says what the outer optimiser sees: α itself (the paper), or a with α = log(1 + eᵃ) or α = eᵃ, always
     positive.
     """
+
+    single_loss: ClassVar[bool] = True
 
     inner_steps: int = 1
     """K, inner steps in meta-training."""
@@ -57,18 +57,11 @@ class MetaSGD(InnerLoop):
         moving, _ = partition(params, self.adapts)
         return Meta(params | tree.with_prefix(ALPHA, tree.apply(lambda v: torch.full_like(v, start[self.rate]), moving)), {})
 
-    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
+    def direction(self, meta: Meta) -> Direction:
         alpha = self.rates(meta.params)
-        return descend(
-            lambda p, step: objective.support(meta.slots | p, data, step),
-            model_params(meta.params), steps, SGD(), 1.0, adapts=self.adapts, again=self.order == 2,
-            direction=lambda grads, step: tree.multiply(alpha, grads),
-        )  # fmt: skip
+        return lambda grads, step: tree.multiply(alpha, grads)
 
     def rates(self, params: Params) -> Params:
         """α by parameter."""
         parametrised = {"raw": lambda a: a, "softplus": F.softplus, "exp": torch.exp}[self.rate]
         return tree.apply(parametrised, tree.under(ALPHA, params))
-
-    def claim(self) -> str:
-        return "second order" if self.order == 2 else "first order"

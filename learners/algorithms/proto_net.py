@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,8 @@ class ProtoNet(InnerLoop):
     Its logits 2 z·p_c − ‖p_c‖² are −‖z − p_c‖² + ‖z‖², hence the softmax over squared distances. There are no inner steps: φ is the same
     after any number, and before the first one it is θ with its own head. The model's last layer must be linear and named `head`.
     """
+
+    single_loss: ClassVar[bool] = True
 
     inner_steps: int = 1
     """Any number gives the same."""

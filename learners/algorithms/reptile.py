@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +12,7 @@ from envs.base import Arrays
 from learners.base import Data, Gradient, Learner, Meta, Objective, Params, check_inner_loop
 from learners.engine import tree
 from learners.engine.optimisers import SGD, Adam, Optimiser
-from learners.inner import InnerLoop, Point, descend, partition, support_losses
+from learners.inner import InnerLoop, Loss, partition, support_losses
 
 MOMENTS = "moments"
 
@@ -63,7 +62,7 @@ class Reptile(InnerLoop):
             raise ValueError(f"tail={self.tail} wants update='last_gradient', a batch and an inner step")
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
-        return Meta(params, tree.with_prefix(MOMENTS, self._optimiser().init(partition(params, self.adapts)[0])) if self._carries else {})
+        return Meta(params, tree.with_prefix(MOMENTS, self.optimiser().init(partition(params, self.adapts)[0])) if self._carries else {})
 
     def draw(self, data: Arrays, rng: np.random.Generator, steps: int) -> Arrays:
         if not self.batch or "support_x" not in data:  # an RL task has no examples to choose from, only its episodes
@@ -76,14 +75,25 @@ class Reptile(InnerLoop):
         order = rng.permutation(examples)
         return data | {"batches": minibatches(order[self.tail :], self.batch, steps, rng), "last_batch": order[None, : self.tail]}
 
-    def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
+    def inner_loss(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Loss:
         def loss(p: Params, step: int) -> Tensor:
             if "last_batch" in data and step == steps - 1:
                 return objective.support(meta.slots | p, data | {"batches": data["last_batch"]}, 0)
             return objective.support(meta.slots | p, data, step)
 
-        state = tree.under(MOMENTS, meta.slots) if self._carries else None
-        return descend(loss, meta.params, steps, self._optimiser(), self.inner_lr, adapts=self.adapts, again=False, state=state)
+        return loss
+
+    def step_size(self, step: int) -> float:
+        return self.inner_lr
+
+    def optimiser(self) -> Optimiser:
+        return SGD() if self.inner_optimizer == "sgd" else Adam(beta1=0.0, style=self.adam_style)
+
+    def state(self, meta: Meta) -> Params | None:
+        return tree.under(MOMENTS, meta.slots) if self._carries else None
+
+    def again(self, meta: Meta) -> bool:
+        return False
 
     def gradient(self, meta: Meta, objective: Objective, data: Data) -> Gradient:
         points = list(self.points(meta, objective, data, self.inner_steps))
@@ -108,9 +118,6 @@ class Reptile(InnerLoop):
     @property
     def _carries(self) -> bool:
         return self.moments == "carry"
-
-    def _optimiser(self) -> Optimiser:
-        return SGD() if self.inner_optimizer == "sgd" else Adam(beta1=0.0, style=self.adam_style)
 
 
 def minibatches(rows: np.ndarray, size: int, steps: int, rng: np.random.Generator) -> np.ndarray:

@@ -108,7 +108,8 @@ class PointwiseConv(nn.Module):
         super().__init__()
         self.weight, self.bias, self.groups = conv.weight, conv.bias, conv.groups
         self.stride = conv.stride
-        self.pad = [int(p) for p in tuple(conv.padding)[::-1] for _ in range(2)]
+        assert not isinstance(conv.padding, str)
+        self.pad = [p for p in reversed(conv.padding) for _ in range(2)]
         self.convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.stride)]
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 from learners.base import Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, training_steps, unpack
 from learners.engine import tree
 from learners.engine.derivative import differentiate_with
-from learners.inner import is_plain, model_params
+from learners.inner import model_params, single_loss
 from learners.objectives import policy_gradient
 from learners.outer.descent import Descent
 from learners.outer.trust_region import Stochastic
@@ -48,7 +48,7 @@ class ProMP:
     def verbs(self, learner: Learner, objective: Objective) -> Verbs:
         if not isinstance(objective, Stochastic):
             raise ValueError(f"ProMP wants a policy, not {objective.summary()}; choose --outer.name descent")
-        if not is_plain(learner):
+        if not single_loss(learner):
             raise ValueError(f"ProMP is about the loss after adaptation; {type(learner).__name__} wants --outer.name descent")
         policy, steps = objective, training_steps(learner)
 
@@ -60,7 +60,7 @@ class ProMP:
                 clipped = self._clipped(policy.distribution(phis[-1], data), data)
                 apart = torch.stack([_mean(policy_gradient.kl(data["old"][k], policy.distribution(phis[k], data, k)), data, k)
                                      for k in range(steps)]).sum() if steps else clipped.new_zeros(())  # fmt: skip
-                return clipped + self.kl_penalty * apart + policy.before(slots | model_params(params), data), {"inner_kl": apart}
+                return clipped + self.kl_penalty * apart + policy.exploration_loss(slots | model_params(params), data), {"inner_kl": apart}
 
             grads, value, metrics = differentiate_with(loss, operand)
             return Share(grads, torch.ones_like(value), {"proximal_loss": value} | metrics)

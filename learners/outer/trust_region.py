@@ -12,7 +12,7 @@ from learners.base import Data, Fixed, Learner, Meta, Objective, Params, Reduce,
 from learners.engine import tree
 from learners.engine.conjugate_gradient import conjugate_gradient
 from learners.engine.derivative import gauss_newton
-from learners.inner import is_plain, model_params
+from learners.inner import model_params, single_loss
 from learners.objectives import policy_gradient
 
 
@@ -23,7 +23,7 @@ class Stochastic(Objective, Protocol):
     def distribution(self, params: Params, data: Data, step: int = -1) -> Tensor:
         """Means and log standard deviations [n, 2a] on the time steps of index `step`."""
 
-    def before(self, theta: Params, data: Data) -> Tensor:
+    def exploration_loss(self, theta: Params, data: Data) -> Tensor:
         """What the outer loss adds for θ itself."""
 
 
@@ -64,7 +64,7 @@ class TrustRegion:
     def verbs(self, learner: Learner, objective: Objective) -> Verbs:
         if not isinstance(objective, Stochastic):
             raise ValueError(f"a trust region wants a policy, not {objective.summary()}; choose --outer.name descent")
-        if not is_plain(learner):
+        if not single_loss(learner):
             raise ValueError(f"a trust region is about the loss after adaptation; {type(learner).__name__} wants --outer.name descent")
         if self.curvature_every > 1 and getattr(objective, "inner_loss", "") == "dice":
             raise ValueError(f"curvature_every={self.curvature_every}: inner_loss='dice' needs every time step, 1 wanted")
@@ -86,7 +86,7 @@ class TrustRegion:
             with torch.no_grad():
                 phi = learner.adapt(Meta(operand, meta.slots), policy, data, steps)
                 away = (policy_gradient.kl(data["old"][-1], policy.distribution(phi, data)) * mask).sum()
-                loss = policy.query(meta.slots | phi, data) + policy.before(meta.slots | model_params(operand), data)
+                loss = policy.query(meta.slots | phi, data) + policy.exploration_loss(meta.slots | model_params(operand), data)
             return Share({"loss": loss, "kl": away, "steps": mask.sum()}, torch.ones_like(loss), {})
 
         return {"curvature": Verb(lambda at, v, data: curvature(at, data)(v), fix=curvature), "surrogate": Verb(surrogate)}

@@ -20,7 +20,7 @@ from learners.base import CARRIED, Data, Learner, Meta, Metrics, Objective, Para
 from learners.engine import tree
 from learners.engine.derivative import differentiate, differentiate_with
 from learners.engine.optimisers import Adam
-from learners.inner import InnerLoop, is_plain
+from learners.inner import InnerLoop, single_loss
 from learners.outer.descent import Descent
 from learners.purer.curriculum import Switch
 from learners.purer.inversion import Inversion
@@ -67,7 +67,7 @@ class Purer:
     def verbs(self, learner: Learner, objective: Objective) -> Verbs:
         if not isinstance(objective, DataFree):
             raise ValueError("the outer step of PURER wants a data-free task: --task.name data_free")
-        if not isinstance(learner, InnerLoop) or not is_plain(learner):
+        if not single_loss(learner):
             raise ValueError(f"the outer step of PURER wants MAML, ANIL or a prototypical network, not {type(learner).__name__}")
         return {
             "noise": Verb(_noise, lambda data, rng: data | {"noise": _standard_normal(objective, rng)}, light=True),

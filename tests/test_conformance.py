@@ -38,6 +38,7 @@ from learners.algorithms.proto_net import ProtoNet
 from learners.algorithms.reptile import Reptile
 from learners.base import Data, Learner, Meta, Params, Sum, pack
 from learners.engine.execution import Execution
+from learners.inner import InnerLoop
 from learners.models.functional import functional
 from learners.models.networks import MLP, Conv4
 from learners.objectives.attack import Attack
@@ -301,3 +302,11 @@ def test_the_limit_of_zero_inner_rate(world: World, name: str) -> None:
     assert grads.keys() == wanted.keys()
     for k, v in wanted.items():
         torch.testing.assert_close(grads[k], v, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", list(LEARNERS))
+def test_a_single_outer_loss_is_declared_where_nothing_else_is_descended(name: str) -> None:
+    learner = type(LEARNERS[name])
+    assert issubclass(learner, InnerLoop)
+    own = learner.outer_loss is not InnerLoop.outer_loss or learner.gradient is not InnerLoop.gradient
+    assert learner.single_loss == (not own)

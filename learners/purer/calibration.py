@@ -7,7 +7,7 @@ of a projection head are our decisions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -113,7 +113,7 @@ class DataFreeMAML(MAML):
     """At meta-test, after the last inner step."""
 
     def at_test(self) -> Learner:
-        return self if self.calibration.kind == "off" else Calibrated(**{k: getattr(self, k) for k in self.__dataclass_fields__})
+        return self if self.calibration.kind == "off" else Calibrated(**{k: getattr(self, k) for k in (f.name for f in fields(self))})
 
 
 @dataclass(frozen=True)

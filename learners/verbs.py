@@ -18,7 +18,7 @@ class RecordingObjective(Records, Objective, Protocol):
     """Both."""
 
 
-def standard(learner: Learner, objective: Objective, evaluation_steps: int, robustness: Robustness | None = None) -> Verbs:
+def common_verbs(learner: Learner, objective: Objective, evaluation_steps: int, robustness: Robustness | None = None) -> Verbs:
     """`gradient`, the learner's contribution to the outer step; `evaluate`, its adaptation curve; `robustness` if asked for."""
     tester = learner.at_test()
 

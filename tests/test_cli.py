@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster import cli
 from cluster.operations import launch
+from cluster.operations.existing_run import begun
 from cluster.record.checkpoint import Checkpoints
 from cluster.setup import config
 from cluster.training.identity import digest
@@ -138,9 +139,9 @@ def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(tmp_pa
 def test_results_of_fewer_iterations_do_not_outlive_a_resume(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "r")
     run = config.load(str(tmp_path / "r" / "run.toml"))
-    launch.prepared(run, tmp_path / "r")
+    launch.prepared(run, tmp_path / "r", begun(tmp_path / "r"))
     assert (tmp_path / "r" / "evaluation.json").exists()
-    launch.prepared(replace(run, iterations=9), tmp_path / "r")
+    launch.prepared(replace(run, iterations=9), tmp_path / "r", begun(tmp_path / "r"))
     assert not (tmp_path / "r" / "evaluation.json").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.setup import assemble, catalog, config
+from cluster.setup import assemble, catalog, comparisons, config, resolve
 from cluster.setup.tables import flat, to_table
 from envs.images.data_free import DataFree
 from learners.algorithms.maml import MAML
@@ -24,11 +24,11 @@ COMPARISONS = [name for name in config.presets() if config.VARIANTS in config.re
 def test_every_run_of_a_comparison_takes_the_same_budget(name: str) -> None:
     table = config.read(name)
     what, budget = next((k, table[k]) for k in ("passes", "env_steps") if k in table)
-    runs = config.comparison(name)
+    runs = comparisons.comparison(name)
     if any(isinstance(run.task, DataFree) for run in runs.values()):  # trained equally long, or not at all
         assert {run.iterations for run in runs.values()} == {1, 3000}
         assert all(3000 * run.meta_batch * run.learner.passes() == budget for run in runs.values())
-        assert set(config.beginnings(name).values()) <= set(runs)
+        assert set(comparisons.beginnings(name).values()) <= set(runs)
         return
     for variant, run in runs.items():
         each = run.meta_batch * run.learner.passes()
@@ -48,7 +48,7 @@ def test_every_preset_loads_says_its_source_and_survives_a_round_trip(name: str,
     assert table.get("reference") or "extends" in table
     (tmp_path / "run.toml").write_text(config.to_toml(run, {"environment": {"torch": "x"}}))
     assert config.load(str(tmp_path / "run.toml")) == run
-    assemble.model(run)  # it can be built
+    run.network()  # it can be built
     if not isinstance(run.task, DataFree):  # which wants teachers first
         assemble.recipe(replace(run, execution="loop"))
 
@@ -187,8 +187,8 @@ def test_extends_merges_keys_and_a_new_choice_starts_afresh(tmp_path: Path) -> N
 
 def test_only_what_the_numbers_do_not_depend_on_may_change_on_resume() -> None:
     run = config.load("sinusoid")
-    config.check_resumable(run, replace(run, iterations=9, workers=5, pool="local", evaluation=replace(run.evaluation, tasks=3)))
+    resolve.check_resumable(run, replace(run, iterations=9, workers=5, pool="local", evaluation=replace(run.evaluation, tasks=3)))
     with pytest.raises(ValueError, match=r"learner.inner_lr was 0.01 when this run began and is 0.5 now"):
-        config.check_resumable(run, replace(run, learner=MAML(inner_lr=0.5)))
+        resolve.check_resumable(run, replace(run, learner=MAML(inner_lr=0.5)))
     with pytest.raises(ValueError, match=r"learner.name was 'maml' when this run began and is 'reptile' now"):
-        config.check_resumable(run, replace(run, learner=Reptile()))
+        resolve.check_resumable(run, replace(run, learner=Reptile()))

@@ -162,9 +162,9 @@ def test_a_trust_region_stays_inside_its_radius_and_gains() -> None:
     learner, outer = MAML(0.3, 1), TrustRegion(max_kl=0.02)
     data = {k: torch.stack([recorded(control, theta, learner, s)[k] for s in (0, 1)]) for k in recorded(control, theta, learner)}
     verbs = outer.verbs(learner, control)
-    from learners.verbs import standard
+    from learners.verbs import common_verbs
 
-    run = {"gradient": standard(learner, control, 1)["gradient"].run, **{k: v.run for k, v in verbs.items()}}
+    run = {"gradient": common_verbs(learner, control, 1)["gradient"].run, **{k: v.run for k, v in verbs.items()}}
     meta = Meta(theta, {})
 
     def reduce(verb: str, operand):

@@ -16,7 +16,7 @@ from learners.base import Data, Learner, Meta, Params, pack, unpack
 from learners.engine.derivative import differentiate
 from learners.engine.execution import Execution
 from learners.outer.descent import Descent
-from learners.verbs import standard
+from learners.verbs import common_verbs
 from tests.quadratics import ALPHA, SCALAR, T1, T2, THETA, Quadratic, stack, tensors
 
 MODES = ("loop", "vmap", "compiled")
@@ -37,7 +37,7 @@ def contribution(
 ) -> tuple[Params, float]:
     """Summed gradient and mean metric of stacked tasks, as a worker would compute it."""
     execution = Execution(mode, backend="aot_eager")
-    result = execution.run(standard(learner, Quadratic(names), 1)["gradient"].run, pack(theta, slots or {}), {}, data)
+    result = execution.run(common_verbs(learner, Quadratic(names), 1)["gradient"].run, pack(theta, slots or {}), {}, data)
     return unpack(result.total).params, float(next(iter(result.rows.values())).mean())
 
 
@@ -205,7 +205,7 @@ def test_the_clock_of_a_long_run_does_not_drift() -> None:
     learner, outer = MAMLPlusPlus(0.0, 1), Descent(optimizer="sgd", lr=0.0)
     meta = learner.init({"theta": torch.tensor([2.0, 1.0])}, np.random.default_rng(0))
     task, state = {k: v.float() for k, v in stack(T1, T2, T1).items()}, outer.init(meta)
-    run = standard(learner, Quadratic(), 1)["gradient"].run
+    run = common_verbs(learner, Quadratic(), 1)["gradient"].run
     for _ in range(300):
         result = Execution("vmap").run(run, pack(*meta), {}, task)
         meta, state, _ = outer.apply(meta, state, {k: v * (1 / result.weight) for k, v in result.total.items()}, 1.0)

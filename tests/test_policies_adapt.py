@@ -23,7 +23,7 @@ from learners.engine.optimisers import Adam
 from learners.objectives import policy_gradient as pg
 from learners.objectives.control import Control
 from learners.outer.proximal import ProMP
-from learners.verbs import standard
+from learners.verbs import common_verbs
 from tests.test_control import N, directions, policy, recorded, slope
 
 
@@ -177,7 +177,7 @@ def test_promp_takes_one_adam_step_per_epoch_on_the_same_episodes() -> None:
     control, theta = policy("likelihood_ratio")
     learner, outer = MAML(0.3, 1), ProMP(lr=0.01, epochs=3)
     data = {k: v.unsqueeze(0) for k, v in recorded(control, theta, learner).items()}
-    run = {"gradient": standard(learner, control, 1)["gradient"].run, "proximal": outer.verbs(learner, control)["proximal"].run}
+    run = {"gradient": common_verbs(learner, control, 1)["gradient"].run, "proximal": outer.verbs(learner, control)["proximal"].run}
     asked = []
 
     def reduce(verb: str, operand):

@@ -40,7 +40,17 @@ def configured(command: str, words: list[str], options: type[T], description: st
 def _narrowed(value: Any) -> Any:
     """An equal dataclass whose fields are declared as the classes that stand in them, not as interfaces.
 
-    Flags can be made of the former only; `_plain` leads back.
+    tyro makes flags of the types that fields are declared with, and knows only that much of them. Of
+
+        Run(learner: Learner = MAML(inner_lr=0.1), outer: Outer = Descent(lr=0.01))
+
+    whose fields are declared as Protocols it could make no flag at all; the result here is
+
+        Run'(Run)(learner: MAML = MAML(inner_lr=0.1), outer: Descent = Descent(lr=0.01))
+
+    an equal value of a subclass made on the spot, of which it makes --learner.inner-lr and --outer.lr. What tyro returns is a
+    Run' too; `_plain` leads back by way of `of`, which holds the class that was narrowed. A subclass checks nothing itself:
+    its `__post_init__` would run before all flags are there.
     """
     inner = {name: _narrowed(child) for name, child in _values(value).items() if dataclasses.is_dataclass(child)}
     if not inner:

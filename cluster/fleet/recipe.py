@@ -45,9 +45,9 @@ class Recipe:
 
     def verbs(self, objective: Objective) -> Mapping[str, Verb]:
         """The verbs every run has, and those of its outer step."""
-        standard = verbs.standard(self.learner, objective, self.evaluation_steps, self.robustness)
-        own, data = self.outer.verbs(self.learner, objective), standard["gradient"]
-        return {**standard, **{k: v if v.draw else replace(v, draw=data.draw, record=data.record) for k, v in own.items()}}
+        common = verbs.common_verbs(self.learner, objective, self.evaluation_steps, self.robustness)
+        own, data = self.outer.verbs(self.learner, objective), common["gradient"]
+        return {**common, **{k: v if v.draw else replace(v, draw=data.draw, record=data.record) for k, v in own.items()}}
 
     def groups(self) -> tuple[str, ...]:
         """Names of the kinds of tasks that are reported apart."""

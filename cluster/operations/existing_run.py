@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from rich.table import Table
@@ -35,6 +35,24 @@ def configuration(directory: Place) -> Place:
     if not path.exists():
         raise FileNotFoundError(f"{directory} has no {CONFIGURATION}: not a run directory, or one of a run made in Python")
     return path
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that has a checkpoint: as it was resolved when it began, and where it stands."""
+
+    run: Run
+    state: State
+
+
+def begun(directory: Place) -> Begun | None:
+    """What a directory holds; None where nothing has begun. Raises ValueError for a run that was made in Python."""
+    state = Checkpoints(directory / "checkpoints").newest()
+    if state is None:
+        return None
+    if not (directory / CONFIGURATION).exists():
+        raise ValueError(f"{directory} holds a run that was made in Python: another directory is wanted for this one")
+    return Begun(config.load(str(directory / CONFIGURATION)), state)
 
 
 def chosen(directory: Place, checkpoint: str) -> State:

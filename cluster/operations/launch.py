@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.fleet.machine import environment, set_up_torch
-from cluster.operations.existing_run import CONFIGURATION, beginning, configuration
-from cluster.record.checkpoint import Checkpoints
+from cluster.operations.existing_run import CONFIGURATION, Begun, beginning, begun, configuration
 from cluster.record.lease import Lease
 from cluster.record.storage import Place, make_folder, write_atomically
 from cluster.results import monitor
 from cluster.results.report import RESULTS
-from cluster.setup import assemble, config
-from cluster.setup.data_free import taught
-from cluster.setup.resolve import idle_workers, resolved
+from cluster.setup import assemble, comparisons, config, resolve
 from cluster.setup.run import Run
 from cluster.setup.tables import flat, to_table
 from cluster.training.driver import Driver
-from envs.images.data_free import DataFree
 
 
 def new_directory(label: str) -> Path:
@@ -43,14 +39,15 @@ def train(run: Run, directory: Place, *, take_over: bool = False) -> None:
     received: list[int] = []
     try:
         with Lease(directory).held(take_over) as lease:
-            run, begun = prepared(run, directory)
+            earlier = begun(directory)
+            run = prepared(run, directory, earlier)
             parts, params = assemble.recipe(run)
             with assemble.pool(run, parts) as pool, _signals(received):  # signals last: joining Ray sets handlers of its own
                 Driver(
                     parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
                     policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation, lease=lease,
                     allow_mixed_fleet=run.allow_mixed_fleet, prometheus_port=run.prometheus_port, interrupted=lambda: bool(received),
-                    hparams=flat(to_table(run)), begin=None if begun else beginning(run, params),
+                    hparams=flat(to_table(run)), begin=None if earlier else beginning(run, params),
                 ).run()  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*received) from None
@@ -62,7 +59,7 @@ def train_all(name: str, home: Place, *, seeds: int, keys: dict[str, Any]) -> li
         raise ValueError(f"seeds={seeds}: at least 1 wanted")
     directories: list[Place] = []
     home = home.absolute() if isinstance(home, Path) else home  # run.toml names the run that another begins from
-    variants, beginnings = config.comparison(name, keys), config.beginnings(name)
+    variants, beginnings = comparisons.comparison(name, keys), comparisons.beginnings(name)
     for variant, run in variants.items():
         for seed in range(run.seed, run.seed + seeds):
             suffix = f"seed-{seed}" if seeds > 1 else ""
@@ -81,40 +78,42 @@ def _finished(run: Run, directory: Place) -> bool:
     if not (directory / RESULTS).exists():
         return False
     old = config.load(str(configuration(directory)))
-    config.check_resumable(old, _as_before(run, old))
+    resolve.resolved(run, old)
     return old.iterations == run.iterations
 
 
-def prepared(run: Run, directory: Place) -> tuple[Run, bool]:
-    """`run` with its data fetched and everything resolved, written to the directory, or as it was resolved there; whether it had begun.
+def prepared(run: Run, directory: Place, earlier: Begun | None) -> Run:
+    """`run` with its data fetched and nothing left open, written to the directory.
 
-    Results of fewer iterations are removed. Raises ValueError where the directory holds another run.
+    Raises ValueError where the directory holds another run.
     """
-    path = directory / CONFIGURATION
-    begun = Checkpoints(directory / "checkpoints").newest()
-    if begun:
-        if not path.exists():
-            raise ValueError(f"{directory} holds a run that was made in Python: another directory is wanted for this one")
-        old = config.load(str(path))
-        run = _as_before(run, old)
-        config.check_resumable(old, run)
-        if run.iterations < begun.iteration:
-            raise ValueError(f"iterations={run.iterations}: {directory} is at iteration {begun.iteration} already")
-        if begun.iteration < run.iterations:
-            (directory / RESULTS).unlink(missing_ok=True)
-        if begun.best and run.evaluation != old.evaluation:
-            monitor.log.warning("evaluation has changed: the best θ so far, of iteration %d, was chosen as before", begun.best["iteration"])
-        _warn_of_schedule(run)
-        why = f"execution = {run.execution}, as when the run began"
+    set_up_torch(run.threads, "cpu")
+    run, why = resolve.resolved(run, earlier.run if earlier else None)
+    if earlier:
+        _check_continues(run, earlier, directory)
     run.task.prepare()
-    if not begun:
-        set_up_torch(run.threads, "cpu")
-        run, why = resolved(run)
     monitor.log.info("%s", why)
-    if idle := idle_workers(run):
+    if idle := resolve.idle_workers(run):
         monitor.log.warning("%s; a new run could have %s", *idle)
-    write_atomically(path, config.to_toml(run, {"environment": environment()}).encode())
-    return run, begun is not None
+    write_atomically(directory / CONFIGURATION, config.to_toml(run, {"environment": environment()}).encode())
+    return run
+
+
+def _check_continues(run: Run, earlier: Begun, directory: Place) -> None:
+    """Raise ValueError where a run has gone further already; results of fewer iterations are removed."""
+    iteration, best = earlier.state.iteration, earlier.state.best
+    if run.iterations < iteration:
+        raise ValueError(f"iterations={run.iterations}: {directory} is at iteration {iteration} already")
+    if iteration < run.iterations:
+        (directory / RESULTS).unlink(missing_ok=True)
+    if best and run.evaluation != earlier.run.evaluation:
+        monitor.log.warning("evaluation has changed: the best θ so far, of iteration %d, was chosen as before", best["iteration"])
+    horizon = getattr(run.outer, "horizon", 0)
+    if getattr(run.outer, "schedule", "constant") != "constant" and run.iterations > horizon:
+        final = getattr(run.outer, "final_lr", 0.0)
+        monitor.log.warning(
+            "the outer rate's schedule ended at iteration %d, as fixed when the run began; from there on it is %g", horizon, final
+        )
 
 
 @contextmanager
@@ -133,23 +132,3 @@ def _signals(received: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _as_before(run: Run, old: Run) -> Run:
-    """What "auto" and 0 were resolved to when the run began, and what its teachers said of themselves."""
-    if run.execution == "auto":
-        run = replace(run, execution=old.execution, chunk=run.chunk or old.chunk)
-    if getattr(run.outer, "horizon", None) == 0:
-        run = replace(run, outer=replace(run.outer, horizon=getattr(old.outer, "horizon", 0)))  # type: ignore[type-var]
-    if isinstance(run.task, DataFree) and isinstance(old.task, DataFree) and not run.task.teachers:
-        run = taught(run, old.task)
-    return run
-
-
-def _warn_of_schedule(run: Run) -> None:
-    horizon = getattr(run.outer, "horizon", 0)
-    if getattr(run.outer, "schedule", "constant") != "constant" and run.iterations > horizon:
-        final = getattr(run.outer, "final_lr", 0.0)
-        monitor.log.warning(
-            "the outer rate's schedule ended at iteration %d, as fixed when the run began; from there on it is %g", horizon, final
-        )

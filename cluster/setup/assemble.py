@@ -6,18 +6,15 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from cluster.fleet.pool import LocalPool, Pool
 from cluster.fleet.recipe import Recipe
-from cluster.setup import teachers
-from cluster.setup.data_free import _data_free, teacher_pool
+from cluster.setup import data_free
 from cluster.setup.run import Run
 from envs.images.data_free import DataFree
 from learners.algorithms.proto_net import ProtoNet
 from learners.base import Objective, Params
 from learners.inner import single_loss
-from learners.models.functional import Functional, functional
+from learners.models.functional import Functional
 from learners.models.networks import Gaussian
 from learners.objectives.control import Control
 from learners.objectives.recording import Rollouts
@@ -25,26 +22,16 @@ from learners.objectives.supervised import Supervised
 from learners.purer.calibration import DataFreeMAML
 
 
-def model(run: Run) -> Functional:
-    """The run's model, initialised from its seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        return functional(run.model.build(run.task.inputs, run.task.outputs), torch.zeros(2, *run.task.inputs))
-
-
 def recipe(run: Run) -> tuple[Recipe, Params]:
     """What workers are made from, and the model's initial parameters. Execution must be resolved."""
     if run.execution == "auto":
         raise ValueError("execution='auto' must be resolved first")
     _check_attacks(run)
-    network = model(run)
-    params = network.params()
+    network = run.network()
     if isinstance(run.task, DataFree):
-        taught_by = teacher_pool(run.task)
-        objective: Objective = _data_free(run, network, taught_by)
-        params = teachers.beginning(taught_by, run.model, params, getattr(run.outer, "start", "random"))
+        objective, params = data_free.assembled(run, run.task, network)
     else:
-        objective = _objective(run, network)
+        objective, params = _objective(run, network), network.params()
     parts = Recipe(
         tasks=run.task, learner=run.learner, objective=objective, outer=run.outer, seed=run.seed,
         evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps,

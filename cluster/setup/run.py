@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from cluster.fleet.wire import Compression
 from cluster.record.checkpoint import Checkpointing
 from cluster.training.evaluation import Evaluation
@@ -14,6 +16,7 @@ from envs.base import TaskFamily
 from envs.sinusoid import Sinusoid
 from learners.algorithms.maml import MAML
 from learners.base import Learner, Outer
+from learners.models.functional import Functional, functional
 from learners.models.networks import MLP, ModelSpec
 from learners.objectives.policy_gradient import InnerLoss
 from learners.objectives.supervised import NormMode
@@ -136,3 +139,9 @@ class Run:
             raise ValueError(
                 f"device={self.device!r} with gpus_per_worker=0: on Ray a worker sees the GPUs that it reserves; a share like 0.5 will do"
             )
+
+    def network(self) -> Functional:
+        """The model, initialised from the run's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return functional(self.model.build(self.task.inputs, self.task.outputs), torch.zeros(2, *self.task.inputs))

@@ -19,7 +19,8 @@ USAGE = """metafleet — distributed meta-training on Ray
   metafleet evaluate DIR [--tasks 600] [--steps 10]               adaptation curve on held-out tasks
   metafleet compare DIR [DIR ...] | RUN                           table and plot across runs; RUN: train its runs first
   metafleet export DIR OUT.safetensors                            θ for use with plain torch
-  metafleet teachers RUN [--dir DIR] [--count 8]                  train (or import) a pool of classifiers for data-free runs
+  metafleet teachers RUN [--dir DIR] [--count 8]                  train (or import) a pool of classifiers
+  for data-free runs
   metafleet list                                                  presets, tasks, models, learners
   metafleet show RUN [--key value ...]                            the whole configuration as TOML
   metafleet check RUN [--key value ...]                           is the meta-gradient what it claims to be?
@@ -34,7 +35,8 @@ Try: metafleet train sinusoid"""
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train, "resume": resume, "evaluate": evaluate, "compare": compare, "export": export,
-    "list": list_, "show": show, "check": check, "status": status, "replay": replay, "teachers": teachers, "doctor": doctor, "scale": scale,
+    "list": list_, "show": show, "check": check, "status": status, "replay": replay, "teachers": teachers,
+    "doctor": doctor, "scale": scale,
 }  # fmt: skip
 
 
@@ -45,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [w for w in words if w != "--debug"]
     if not words or words[0] in ("-h", "--help", "help") or words[0] not in COMMANDS:
         unknown = bool(words) and not words[0].endswith(("-h", "help"))
-        (errors if unknown else console).print(f"no command {words[0]!r}\n\n{USAGE}" if unknown else USAGE, highlight=False, markup=False)
+        (errors if unknown else console).print(
+            f"no command {words[0]!r}\n\n{USAGE}" if unknown else USAGE, highlight=False, markup=False
+        )
         sys.exit(2 if unknown else 0)
     try:
         _one_place()
@@ -69,7 +73,8 @@ def _one_place() -> None:
     homes = {str(Path(m.__path__[0]).parent) for m in (envs, learners)} | {str(Path(__file__).parents[1])}
     if len(homes) > 1:
         raise RuntimeError(
-            f"the packages cluster, learners and envs come from different places ({', '.join(sorted(homes))}); start from another folder"
+            f"the packages cluster, learners and envs come from different places ({', '.join(sorted(homes))}); start "
+            "from another folder"
         )
 
 

@@ -4,8 +4,9 @@
     python deploy/sweep.py omniglot-5way-1shot --home runs/sweep --trials 16 --iterations 2000
     ray job submit --working-dir . -- python deploy/sweep.py omniglot-5way-1shot --home s3://BUCKET/sweep --trials 64
 
-A trial trains to a quarter of its iterations, to half, to the end, each time resuming; after each the worse half is given up (ASHA).
-Change SPACE for another question. The best trial's keys are printed; `tensorboard --logdir runs/sweep` compares all of them.
+A trial trains to a quarter of its iterations, to half, to the end, each time resuming; after each the worse half is
+given up (ASHA). Change SPACE for another question. The best trial's keys are printed; `tensorboard --logdir runs/sweep`
+compares all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Our bodies and goals as Gymnasium environments: `import envs.registration; gymnasium.make("metafleet/half_cheetah_paper-direction-v0")`.
+"""Our bodies and goals as Gymnasium environments: `import envs.registration;
+gymnasium.make("metafleet/half_cheetah_paper-direction-v0")`.
 
-Tasks are set by `reset(options={"task": {...}})` or `set_task`, and drawn by `sample_tasks` from a generator of their own,
-apart from the one that moves the dynamics.
+Tasks are set by `reset(options={"task": {...}})` or `set_task`, and drawn by `sample_tasks` from a generator of their
+own, apart from the one that moves the dynamics.
 """
 
 from __future__ import annotations
@@ -72,11 +73,15 @@ class TaskEnv(_Tasks, gymnasium.Env[Any, Any]):
 
 
 class TaskVectorEnv(_Tasks, VectorEnv[Any, Any, Any]):
-    """`num_envs` copies, each with a task of its own (`set_tasks`), stepped together; all are reset at once (autoreset disabled)."""
+    """`num_envs` copies, each with a task of its own (`set_tasks`), stepped together; all are reset at once (autoreset
+    disabled).
+    """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
 
-    def __init__(self, num_envs: int = 1, max_episode_steps: int = 0, body: BodyName | None = None, goal: GoalName | None = None) -> None:
+    def __init__(
+        self, num_envs: int = 1, max_episode_steps: int = 0, body: BodyName | None = None, goal: GoalName | None = None
+    ) -> None:
         self.num_envs, self._limit = num_envs, max_episode_steps
         self.single_observation_space, self.single_action_space = self._open(body, goal)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -90,12 +95,16 @@ class TaskVectorEnv(_Tasks, VectorEnv[Any, Any, Any]):
             raise ValueError(f"{len(tasks)} tasks for {self.num_envs} environments: one for each wanted")
         self._tasks = tasks
 
-    def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         if "reset_mask" in (options or {}):
             raise ValueError("reset_mask: these environments are reset together")
         if "task" in (options or {}):
             self._tasks = [(options or {})["task"]] * self.num_envs
-        seeds = list(seed) if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
+        seeds = (
+            list(seed) if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
+        )
         if seed is not None or not self._rngs:  # else the generators go on, as a single environment's does
             self._rngs = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
         self._elapsed = 0
@@ -106,12 +115,20 @@ class TaskVectorEnv(_Tasks, VectorEnv[Any, Any, Any]):
         observation, reward, ended = self.world.step(np.asarray(actions)[:, None], np.ones((self.num_envs, 1), bool))
         self._elapsed += 1
         truncated = np.full(self.num_envs, bool(self._limit) and self._elapsed >= self._limit)
-        return np.array(observation[:, 0], np.float64), np.array(reward[:, 0], np.float64), ended[:, 0].copy(), truncated, {}
+        return (
+            np.array(observation[:, 0], np.float64),
+            np.array(reward[:, 0], np.float64),
+            ended[:, 0].copy(),
+            truncated,
+            {},
+        )
 
 
 def ids() -> list[str]:
     """The registered ids."""
-    return ["metafleet/navigation-v0"] + [f"metafleet/{name}-{goal}-v0" for name, body in BODIES.items() for goal in body.goals]
+    return ["metafleet/navigation-v0"] + [
+        f"metafleet/{name}-{goal}-v0" for name, body in BODIES.items() for goal in body.goals
+    ]
 
 
 def _register() -> None:

@@ -89,7 +89,8 @@ def load(folder: Path, name: str) -> ImageSet:
     index = _read_index(index_path)
     if images.dtype != np.uint8 or images.ndim != 4 or index.starts[-1] != len(images):
         raise ValueError(
-            f"{images_path} holds {images.dtype} {images.shape}, wanted uint8 [{index.starts[-1]}, c, h, w]; delete it to decode again"
+            f"{images_path} holds {images.dtype} {images.shape}, wanted uint8 [{index.starts[-1]}, c, h, w]; delete it "
+            "to decode again"
         )
     return ImageSet(images, index)
 

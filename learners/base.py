@@ -113,7 +113,9 @@ class Learner(Protocol):
         """This task's contribution to the outer step."""
 
     def claim(self) -> str:
-        """What `gradient` gives: "second order", "first order", "implicit", "θ − φ" or "φ′ − φ"; the gradient guard holds it to that."""
+        """What `gradient` gives: "second order", "first order", "implicit", "θ − φ" or "φ′ − φ"; the gradient guard
+        holds it to that.
+        """
 
     def passes(self) -> int:
         """Backward passes that `gradient` takes over a support or query set: what equal budgets are counted in."""

@@ -74,8 +74,8 @@ def _inner_gradient(loss: Callable[[Params], Tensor], at: Params, again: bool) -
 class InnerLoop(ABC):
     """φ_{k+1} = optimiser(φ_k, C(∇ L(φ_k))), φ₀ = θ, and ∇θ L_Q(φ_K(θ)) over everything in `meta.params`.
 
-    A learner is what it says of this differently: the loss L that inner steps descend (`inner_loss`), the `direction` C, the
-    `step_size`, the `optimiser`, whether φ is differentiated through (`again`), and the outer loss.
+    A learner is what it says of this differently: the loss L that inner steps descend (`inner_loss`), the `direction`
+    C, the `step_size`, the `optimiser`, whether φ is differentiated through (`again`), and the outer loss.
     """
 
     inner_steps: int
@@ -83,13 +83,15 @@ class InnerLoop(ABC):
     order: int = 2
     """2: the inner loop is differentiated through; 1: its gradients are constants."""
     single_loss: ClassVar[bool] = False
-    """Whether the outer loss is that of the query after the last inner step and nothing else, so that an objective may add to it."""
+    """Whether the outer loss is that of the query after the last inner step and nothing else, so that an objective may
+    add to it."""
 
     def points(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Iterator[Point]:
         """φ₀ … φ_steps with all that goes with them."""
         return descend(
-            self.inner_loss(meta, objective, data, steps), model_params(meta.params), steps, self.optimiser(), self.step_size,
-            adapts=self.adapts, again=self.again(meta), direction=self.direction(meta), state=self.state(meta),
+            self.inner_loss(meta, objective, data, steps), model_params(meta.params), steps, self.optimiser(),
+            self.step_size, adapts=self.adapts, again=self.again(meta), direction=self.direction(meta),
+            state=self.state(meta),
         )  # fmt: skip
 
     def inner_loss(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Loss:
@@ -137,8 +139,12 @@ class InnerLoop(ABC):
         return last(self.path(meta, objective, data, steps))
 
     def gradient(self, meta: Meta, objective: Objective, data: Data) -> Gradient:
-        grads, loss, metrics = differentiate_with(lambda p: self.outer_loss(Meta(p, meta.slots), objective, data), meta.params)
-        return Gradient(grads, self.slots(meta, objective, data), {"query_loss": loss, "grad_norm": tree.norm(grads)} | metrics)
+        grads, loss, metrics = differentiate_with(
+            lambda p: self.outer_loss(Meta(p, meta.slots), objective, data), meta.params
+        )
+        return Gradient(
+            grads, self.slots(meta, objective, data), {"query_loss": loss, "grad_norm": tree.norm(grads)} | metrics
+        )
 
     def slots(self, meta: Meta, objective: Objective, data: Data) -> Params:
         """This task's new slots: the objective's."""
@@ -156,7 +162,9 @@ class InnerLoop(ABC):
 
 
 def single_loss(learner: Learner) -> TypeGuard[InnerLoop]:
-    """Whether a learner's outer loss is that of the query after the last inner step, and nothing else (`InnerLoop.single_loss`)."""
+    """Whether a learner's outer loss is that of the query after the last inner step, and nothing else
+    (`InnerLoop.single_loss`).
+    """
     return isinstance(learner, InnerLoop) and learner.single_loss
 
 

@@ -8,7 +8,22 @@ import numpy as np
 import torch
 
 from envs.base import Arrays
-from learners.base import GROUP, SEED, Data, Learner, Metrics, Objective, Params, Records, Share, Verb, Verbs, pack, training_steps, unpack
+from learners.base import (
+    GROUP,
+    SEED,
+    Data,
+    Learner,
+    Metrics,
+    Objective,
+    Params,
+    Records,
+    Share,
+    Verb,
+    Verbs,
+    pack,
+    training_steps,
+    unpack,
+)
 from learners.objectives.robustness import Robustness
 from learners.objectives.robustness import verb as robust
 from learners.objectives.supervised import Supervised
@@ -18,8 +33,12 @@ class RecordingObjective(Records, Objective, Protocol):
     """Both."""
 
 
-def common_verbs(learner: Learner, objective: Objective, evaluation_steps: int, robustness: Robustness | None = None) -> Verbs:
-    """`gradient`, the learner's contribution to the outer step; `evaluate`, its adaptation curve; `robustness` if asked for."""
+def common_verbs(
+    learner: Learner, objective: Objective, evaluation_steps: int, robustness: Robustness | None = None
+) -> Verbs:
+    """`gradient`, the learner's contribution to the outer step; `evaluate`, its adaptation curve; `robustness` if asked
+    for.
+    """
     tester = learner.at_test()
 
     if isinstance(objective, Records):
@@ -62,7 +81,9 @@ def _recorded(learner: Learner, objective: RecordingObjective, evaluation_steps:
     def gradient(at: Params, operand: Params, data: Data) -> Share:
         result = learner.gradient(unpack(at), objective, data)
         curve = {f"{name}_step{k}": v for name, values in objective.curve(data).items() for k, v in enumerate(values)}
-        return Share(pack(result.grads, result.slots), _one(at), curve | objective.facts(data) | result.metrics | _kind(data))
+        return Share(
+            pack(result.grads, result.slots), _one(at), curve | objective.facts(data) | result.metrics | _kind(data)
+        )
 
     def evaluate(at: Params, operand: Params, data: Data) -> Share:
         return Share({}, _one(at), objective.curve(data) | _kind(data))

@@ -1,4 +1,5 @@
-"""Faults in a random row upon a run, and what must be true afterwards: python -m tests.chaos --faults 200 --seed 0 --policy synchronous
+"""Faults in a random row upon a run, and what must be true afterwards: python -m tests.chaos --faults 200 --seed 0
+--policy synchronous
 
 The cluster is hosts in network namespaces where those are permitted (`tests.hosts`), else nodes of `ray.cluster_utils`.
 """
@@ -199,11 +200,14 @@ class Chaos:
         recipe = chaos_driver.recipe()
         attempts = balanced(run / "journal")
         ended = sum(self.done[kind] for kind in ("driver killed", "driver told to stop", "disk full"))
-        assert attempts == 1 + ended, f"{attempts} drivers, {1 + ended} expected: some died by themselves; {self._last_words()}"
+        assert attempts == 1 + ended, (
+            f"{attempts} drivers, {1 + ended} expected: some died by themselves; {self._last_words()}"
+        )
         if self.policy == "synchronous":
-            calm = Driver(recipe, chaos_driver.theta(), LocalPool(recipe), self.folder / "calm", iterations=state.iteration,
-                          meta_batch=chaos_driver.BATCH, shard=chaos_driver.SHARD,
-                          evaluation=Evaluation(every=10**9, validation_tasks=0, tasks=4, steps=1, pictures=0))  # fmt: skip
+            calm = Driver(recipe, chaos_driver.theta(), LocalPool(recipe), self.folder / "calm",
+                          iterations=state.iteration, meta_batch=chaos_driver.BATCH, shard=chaos_driver.SHARD,
+                          evaluation=Evaluation(every=10**9, validation_tasks=0, tasks=4, steps=1,
+                          pictures=0))  # fmt: skip
             assert digest(calm.run()) == digest(state.meta), "θ is not that of an undisturbed run"
         else:
             applied = steps(run / "journal")[: state.iteration]
@@ -214,13 +218,20 @@ class Chaos:
             assert len(shards) == len(set(shards)), "a shard was applied twice"
             missing = {("train", s * chaos_driver.SHARD, (s + 1) * chaos_driver.SHARD) for s in state.work.again}
             everything = {
-                ("train", s, s + chaos_driver.SHARD) for s in range(0, state.work.following * chaos_driver.SHARD, chaos_driver.SHARD)
+                ("train", s, s + chaos_driver.SHARD)
+                for s in range(0, state.work.following * chaos_driver.SHARD, chaos_driver.SHARD)
             }
-            rejected = {("train", r["start"], r["stop"]) for r in journal.read(run / "journal") if r["kind"] in ("reject", "quarantine")}
+            rejected = {
+                ("train", r["start"], r["stop"])
+                for r in journal.read(run / "journal")
+                if r["kind"] in ("reject", "quarantine")
+            }
             lost, unknown = everything - set(shards) - missing - rejected, (set(shards) | missing) - everything
             assert not lost, f"{len(lost)} shards were lost, the first is {min(lost)}"
             assert not unknown, f"{len(unknown)} shards were never due, the first is {min(unknown)}"
-        assert state.counts["dispatched"] == sum(state.counts[k] for k in ENDS), f"the ledger is not balanced: {state.counts}"
+        assert state.counts["dispatched"] == sum(state.counts[k] for k in ENDS), (
+            f"the ledger is not balanced: {state.counts}"
+        )
         # Asynchronously a second trap may meet a shard's second attempt: that is a rejection, and on the record.
         assert not state.counts["rejected"] or self.policy == "asynchronous", "good shards were rejected"
         balance = ", ".join(f"{v} {k}" for k, v in state.counts.items() if v)
@@ -231,14 +242,18 @@ class Chaos:
             return
         log = open(self.folder / "driver.log", "ab")  # noqa: SIM115
         words = [sys.executable, "-m", "tests.chaos_driver", str(self.folder), self.policy, self.cluster.address]
-        self._driver = subprocess.Popen(self.cluster.command(words), env=self.cluster.environment, stdout=log, stderr=log)
+        self._driver = subprocess.Popen(
+            self.cluster.command(words), env=self.cluster.environment, stdout=log, stderr=log
+        )
 
     def _wait_for_exit(self) -> None:
         assert self._driver
         try:
             self._driver.wait(20.0)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the driver goes on although its journal cannot be written: {self._last_words()}") from None
+            raise AssertionError(
+                f"the driver goes on although its journal cannot be written: {self._last_words()}"
+            ) from None
 
     def _signal_worker(self, number: int) -> None:
         for _ in range(600):
@@ -285,7 +300,11 @@ def _workers(marker: str) -> list[int]:
     wanted, found = f"{MARK}={marker}".encode(), []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and b"_Actor" in (entry / "cmdline").read_bytes() and wanted in (entry / "environ").read_bytes():
+            if (
+                entry.name.isdigit()
+                and b"_Actor" in (entry / "cmdline").read_bytes()
+                and wanted in (entry / "environ").read_bytes()
+            ):
                 found.append(int(entry.name))
     return found
 

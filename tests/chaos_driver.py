@@ -1,7 +1,7 @@
 """The run that chaos is visited upon: python -m tests.chaos_driver FOLDER POLICY ADDRESS
 
-FOLDER/run is its directory. A worker that finds FOLDER/nan takes the file away and answers with numbers that are not finite, once. Some
-answers come twice. SIGTERM ends the run; it goes on for ever otherwise.
+FOLDER/run is its directory. A worker that finds FOLDER/nan takes the file away and answers with numbers that are not
+finite, once. Some answers come twice. SIGTERM ends the run; it goes on for ever otherwise.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Trapped(MAML):
 
 def recipe(folder: str = "", seconds: float = 0.0) -> Recipe:
     """Without a folder: what the run would be if nothing happened to it."""
-    return quadratic_recipe(learner=Trapped(0.05, 1, folder=folder, seconds=seconds), outer=Descent(optimizer="sgd", lr=0.01, momentum=0.9))
+    return quadratic_recipe(
+        learner=Trapped(0.05, 1, folder=folder, seconds=seconds), outer=Descent(optimizer="sgd", lr=0.01, momentum=0.9)
+    )
 
 
 def theta() -> Params:
@@ -94,9 +96,9 @@ def main() -> None:
     parts = recipe(folder, 0.02)
     pool = Echoing(parts, 3, address=address, limits=LIMITS)
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
-    driver = Driver(parts, theta(), pool, Path(folder) / "run", iterations=10**9, meta_batch=BATCH, shard=SHARD, policy=POLICIES[policy],
-                    checkpoint=Checkpointing(seconds=1.0), evaluation=Evaluation(every=10**9, validation_tasks=0),
-                    interrupted=lambda: bool(stop))  # fmt: skip
+    driver = Driver(parts, theta(), pool, Path(folder) / "run", iterations=10**9, meta_batch=BATCH, shard=SHARD,
+                    policy=POLICIES[policy], checkpoint=Checkpointing(seconds=1.0),
+                    evaluation=Evaluation(every=10**9, validation_tasks=0), interrupted=lambda: bool(stop))  # fmt: skip
     try:
         driver.run()
     except KeyboardInterrupt:

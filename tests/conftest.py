@@ -1,4 +1,6 @@
-"""What tests share: one thread, wide lines, a finished run, a data folder of their own, and the reasons for which tests skip."""
+"""What tests share: one thread, wide lines, a finished run, a data folder of their own, and the reasons for which tests
+skip.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`make convolutions`: is each convolution that torch can run on this processor right, and does it stay within its memory?
+"""`make convolutions`: is each convolution that torch can run on this processor right, and does it stay within its
+memory?
 
 Every mix of dimension, kernel, stride, groups, dilation, channels and memory format runs forward, backward and double
 backward in processes of their own under glibc's checking malloc, and is compared with float64; for each instruction set
@@ -79,7 +80,9 @@ def cases(*, short: bool) -> Iterator[Case]:
     channels = (1, 2, 3, 4, 7, 8, 15, 16) if short else range(1, 25)
     dimensions = ((2, False),) if short else ((2, False), (2, True), (1, False), (3, False))
     kernels, strides = ((1, 3), (1, 2)) if short else ((1, 3, 5), (1, 2, 3))
-    for (spatial, transposed), kernel, stride, inputs, last in itertools.product(dimensions, kernels, strides, channels, (False, True)):
+    for (spatial, transposed), kernel, stride, inputs, last in itertools.product(
+        dimensions, kernels, strides, channels, (False, True)
+    ):
         for dilation, size in itertools.product((1, 2) if kernel > 1 else (1,), (12 if spatial < 3 else 6, 3)):
             if not transposed and dilation * (kernel - 1) >= size:
                 continue  # larger than the image
@@ -97,7 +100,9 @@ def convolve(case: Case, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[case.spatial](x, w, b, **how)  # type: ignore[operator]
 
 
-def results(case: Case, x: Tensor, w: Tensor, b: Tensor, gy: Tensor | None) -> Iterator[tuple[str, list[Tensor], Tensor]]:
+def results(
+    case: Case, x: Tensor, w: Tensor, b: Tensor, gy: Tensor | None
+) -> Iterator[tuple[str, list[Tensor], Tensor]]:
     """(stage, tensors, gy) for each stage."""
     y = convolve(case, x, w, b)
     if gy is None:
@@ -114,7 +119,9 @@ def attempt(case: Case) -> str:
     """ "" where the case is right; else the stage at which it is not."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((4, case.inputs, *(case.size,) * case.spatial), generator=generator)
-    shape = (case.inputs, case.outputs // case.groups) if case.transposed else (case.outputs, case.inputs // case.groups)
+    shape = (
+        (case.inputs, case.outputs // case.groups) if case.transposed else (case.outputs, case.inputs // case.groups)
+    )
     w = torch.randn((*shape, *(case.kernel,) * case.spatial), generator=generator)
     b = torch.randn(case.outputs, generator=generator)
     exact = [v.double().requires_grad_() for v in (x, w, b)]
@@ -195,7 +202,9 @@ def environment(name: str) -> dict[str, str]:
 def held_to(name: str, words: list[str]) -> int:
     """Run this program under an instruction set; its exit code."""
     command = [sys.executable, "-m", "tests.convolutions", "--here", *words]
-    return subprocess.run(command, env=os.environ | environment(name), cwd=Path(__file__).parents[1], check=False).returncode
+    return subprocess.run(
+        command, env=os.environ | environment(name), cwd=Path(__file__).parents[1], check=False
+    ).returncode
 
 
 def main() -> None:

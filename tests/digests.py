@@ -45,9 +45,21 @@ SIZES = {
 }
 # What no preset has: the other execution modes, policy, precision, norm and network.
 VARIATIONS = {
-    "sinusoid": ("--execution loop", "--execution vmap", "--execution compiled", "--policy.name asynchronous", "--dtype float64"),
-    "glyphs": ("--execution loop", "--execution vmap", "--objective.norm frozen", "--policy.name asynchronous", "--model.name resnet"),
-    "half-cheetah-direction-v5": ("--control.inner-loss dice", "--task.backend rollout"),
+    "sinusoid": (
+        "--execution loop",
+        "--execution vmap",
+        "--execution compiled",
+        "--policy.name asynchronous",
+        "--dtype float64",
+    ),
+    "glyphs": (
+        "--execution loop",
+        "--execution vmap",
+        "--objective.norm frozen",
+        "--policy.name asynchronous",
+        "--model.name resnet",
+    ),
+    "half-cheetah-direction": ("--control.inner-loss dice", "--task.backend exact"),
 }
 HELD_OUT = (
     "--evaluation.validation-tasks 0 --evaluation.tasks 1 --evaluation.steps 1 --evaluation.pictures 0 "

@@ -150,7 +150,9 @@ class Newton:
 
 @dataclass(frozen=True)
 class Noisy:
-    """A toy learner that draws randomness and carries a slot: g = ∇L_Q(θ) + noise;  slot ← mean over tasks of (slot/2 + mean noise)."""
+    """A toy learner that draws randomness and carries a slot: g = ∇L_Q(θ) + noise;  slot ← mean over tasks of (slot/2 +
+    mean noise).
+    """
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
         return Meta(params, {"trace": torch.zeros((), dtype=torch.float64)})
@@ -167,7 +169,9 @@ class Noisy:
     def gradient(self, meta, objective, data):
         plain = MAML(0.0, 1).gradient(Meta(meta.params, {}), objective, data)
         return replace_slots(
-            plain, {"theta": plain.grads["theta"] + data["noise"]}, {"trace": meta.slots["trace"] / 2 + data["noise"].mean()}
+            plain,
+            {"theta": plain.grads["theta"] + data["noise"]},
+            {"trace": meta.slots["trace"] / 2 + data["noise"].mean()},
         )
 
     def claim(self):
@@ -186,7 +190,9 @@ def replace_slots(gradient, grads, slots):
 
 def quadratic_recipe(**changes) -> Recipe:
     """Three-dimensional random quadratics in float64."""
-    return replace(Recipe(QuadraticTasks(3), MAML(0.05, 1), Quadratic(), Descent(), dtype="float64", evaluation_steps=2), **changes)
+    return replace(
+        Recipe(QuadraticTasks(3), MAML(0.05, 1), Quadratic(), Descent(), dtype="float64", evaluation_steps=2), **changes
+    )
 
 
 def start() -> Params:

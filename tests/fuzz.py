@@ -1,4 +1,5 @@
-"""Mutated inputs to every reader of what comes from disk or network: only ValueError may come out, and no memory may pile up.
+"""Mutated inputs to every reader of what comes from disk or network: only ValueError may come out, and no memory may
+pile up.
 
 python -m tests.fuzz [INPUTS] [SEED]
 """
@@ -31,7 +32,24 @@ from cluster.setup import config
 from learners.base import Meta, Sum
 
 GROWTH = 64 << 20  # bytes that the process may grow by
-ODD: list[Any] = [None, True, -1, 0, 2**63, -(2**63), 1e300, float("nan"), "", "kind", b"", b"\x00" * 9, [], {}, [[]], {"a": {}}]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    -(2**63),
+    1e300,
+    float("nan"),
+    "",
+    "kind",
+    b"",
+    b"\x00" * 9,
+    [],
+    {},
+    [[]],
+    {"a": {}},
+]
 
 
 @dataclass(frozen=True)
@@ -52,12 +70,16 @@ def targets(folder: Path) -> list[Target]:
     result = Sum({"params/w": torch.randn(3, 2)}, 2.0, {"loss": torch.randn(2)})
     assignment = Assignment(7, 1, "gradient", 3, None, "train", 10, 12, 2)
     header, vector = wire.encode_sum(assignment, "w1", 0.5, result)
-    state = State(3, Meta(params, {}), {"m": torch.zeros(2)}, 9, 2, {"score": 1.0}, {"applied": 3}, {"seed": 0}, Work(4, (1, 2)))
+    state = State(
+        3, Meta(params, {}), {"m": torch.zeros(2)}, 9, 2, {"score": 1.0}, {"applied": 3}, {"seed": 0}, Work(4, (1, 2))
+    )
     file, recorded = folder / "file", folder / "recorded"
     book = Journal(recorded)
     book.write("attempt", iteration=0, theta="ab", configuration={})
     for ticket in range(3):
-        book.write("dispatch", ticket=ticket, attempt=0, verb="gradient", at=1, split="train", start=ticket, stop=ticket + 1)
+        book.write(
+            "dispatch", ticket=ticket, attempt=0, verb="gradient", at=1, split="train", start=ticket, stop=ticket + 1
+        )
     book.write("apply", version=1, tickets=[0, 1], theta="cd", staleness=[0, 0])
     book.close()
 
@@ -74,11 +96,16 @@ def targets(folder: Path) -> list[Target]:
         return config.load(str(path))
 
     def sealed(payload: bytes) -> bytes:
-        head = checkpoint._HEAD.pack(checkpoint.MAGIC, checkpoint.VERSION, len(payload), hashlib.sha256(payload).digest())
+        head = checkpoint._HEAD.pack(
+            checkpoint.MAGIC, checkpoint.VERSION, len(payload), hashlib.sha256(payload).digest()
+        )
         return head + payload
 
     def framed(payload: bytes) -> bytes:
-        return journal._FRAME.pack(len(payload), zlib.crc32(len(payload).to_bytes(4, "little")), zlib.crc32(payload)) + payload
+        return (
+            journal._FRAME.pack(len(payload), zlib.crc32(len(payload).to_bytes(4, "little")), zlib.crc32(payload))
+            + payload
+        )
 
     broadcast, numbers = wire.broadcast(params)
     whole = checkpoint.encode(state)
@@ -87,8 +114,8 @@ def targets(folder: Path) -> list[Target]:
         Target("assignment", wire.encode_assignment(assignment), wire.decode_assignment, bytes),
         Target("sum", header, lambda m: wire.decode_sum(m, vector), bytes),
         Target("broadcast", broadcast, lambda m: wire.received((m, numbers)), bytes),
-        Target("checkpoint", whole, lambda m: checkpoint.decode(m, "checkpoint"), lambda m: m[checkpoint._HEAD.size :], sealed),
-        *(
+        Target("checkpoint", whole, lambda m: checkpoint.decode(m, "checkpoint"), lambda m: m[checkpoint._HEAD.size :],
+        sealed), *(
             Target(f"journal, {name}", recorded.read_bytes(), from_file(read), lambda m: m[12 : 12 + m[0]], framed, 0.5)
             for name, read in journals.items()
         ),
@@ -97,7 +124,9 @@ def targets(folder: Path) -> list[Target]:
 
 
 def mutated(target: Target, rng: np.random.Generator) -> bytes:
-    """A changed sample: bytes changed, lost, repeated or cut off; or, past its checksums, another value somewhere in its structure."""
+    """A changed sample: bytes changed, lost, repeated or cut off; or, past its checksums, another value somewhere in
+    its structure.
+    """
     if target.unwrap and rng.random() < 0.5:
         value = msgpack.unpackb(target.unwrap(target.sample), raw=False)
         return target.wrap(msgpack.packb(_disturbed(value, rng), use_bin_type=True))
@@ -164,8 +193,14 @@ def main() -> None:
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before
     for target in readers:
-        print(f"{target.name:22s} {tried[target.name]:8d} inputs, {taken[target.name]:7d} still readable, the others ValueError")
-    print(f"{inputs} inputs in {time.monotonic() - begin:.0f} s; memory grew by {grown / 2**20:.1f} MiB after the first tenth or 20 000")
+        print(
+            f"{target.name:22s} {tried[target.name]:8d} inputs, {taken[target.name]:7d} still readable, the others "
+            "ValueError"
+        )
+    print(
+        f"{inputs} inputs in {time.monotonic() - begin:.0f} s; memory grew by {grown / 2**20:.1f} MiB after the first "
+        "tenth or 20 000"
+    )
     if grown > GROWTH:
         sys.exit(f"more than {GROWTH >> 20} MiB")
 

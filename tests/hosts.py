@@ -1,6 +1,7 @@
 """Several hosts on one machine: network namespaces with addresses of their own, joined by a bridge, a Ray node in each.
 
-Needs root and iproute2. A host is killed with all its processes, or cut off: its packets vanish while its processes live.
+Needs root and iproute2. A host is killed with all its processes, or cut off: its packets vanish while its processes
+live.
 """
 
 from __future__ import annotations
@@ -62,13 +63,14 @@ class Hosts:
         folder.mkdir(parents=True)
         head = ["--head", f"--port={PORT}", f"--include-dashboard={str(self.dashboard).lower()}"]
         role = head if host == 0 else [f"--address={self.address}"]
-        command = [*RAY, "start", *role, f"--node-ip-address={NETWORK}.{10 + host}", f"--num-cpus={0 if host == 0 else self.cpus}",
-                   "--object-store-memory=100000000", "--disable-usage-stats", "--block"]  # fmt: skip
+        command = [*RAY, "start", *role, f"--node-ip-address={NETWORK}.{10 + host}",
+                   f"--num-cpus={0 if host == 0 else self.cpus}", "--object-store-memory=100000000",
+                   "--disable-usage-stats", "--block"]  # fmt: skip
         if host == 0:
             command += [f"--temp-dir={folder}", "--dashboard-host=0.0.0.0"]
         log = open(folder / "log", "wb")  # noqa: SIM115
-        subprocess.Popen(self.command(command, host), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                         env=self.environment)  # fmt: skip
+        subprocess.Popen(self.command(command, host), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                         start_new_session=True, env=self.environment)  # fmt: skip
         give_up = time.monotonic() + 60
         while "Ray runtime started" not in (folder / "log").read_text(errors="replace"):
             if time.monotonic() > give_up:
@@ -111,7 +113,8 @@ class Hosts:
         _ip("-n", name, "addr", "add", f"{NETWORK}.{10 + host}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
         _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", name, "route", "add", "default", "via", f"{NETWORK}.1")  # Ray finds its own address by a route outwards
+        # Ray finds its own address by a route outwards
+        _ip("-n", name, "route", "add", "default", "via", f"{NETWORK}.1")
 
     def _pids(self, host: int) -> list[int]:
         found = subprocess.run(["ip", "netns", "pids", _name(host)], capture_output=True, text=True)

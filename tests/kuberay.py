@@ -1,4 +1,5 @@
-"""What KubeRay 1.7 makes of a RayJob or RayCluster: the fields that we use, and rules that its operator checks beyond the schema.
+"""What KubeRay 1.7 makes of a RayJob or RayCluster: the fields that we use, and rules that its operator checks beyond
+the schema.
 
 Written from its documentation and sources; official CRDs are checked where $KUBERAY_CRDS points to them.
 """
@@ -10,25 +11,26 @@ from collections.abc import Iterator
 from typing import Any
 
 Fields = dict[str, Any]
-"""Names with a type, a tuple of allowed values, nested Fields, a list of one of these, or POD or RESOURCES for core kinds' schemas."""
+"""Names with a type, a tuple of allowed values, nested Fields, a list of one of these, or POD or RESOURCES for core
+kinds' schemas."""
 POD, RESOURCES, SECURITY = "pod template", "resources", "security context"
 CLUSTER: Fields = {
-    "rayVersion": str, "enableInTreeAutoscaling": bool, "authOptions": {"mode": ("token", "disabled"), "secretName": str},
-    "autoscalerOptions": {
-        "version": ("v1", "v2"), "idleTimeoutSeconds": int, "upscalingMode": ("Default", "Conservative", "Aggressive"), "image": str,
-        "resources": RESOURCES, "securityContext": SECURITY,
+    "rayVersion": str, "enableInTreeAutoscaling": bool, "authOptions": {"mode": ("token", "disabled"),
+    "secretName": str}, "autoscalerOptions": {
+        "version": ("v1", "v2"), "idleTimeoutSeconds": int, "upscalingMode": ("Default", "Conservative", "Aggressive"),
+        "image": str, "resources": RESOURCES, "securityContext": SECURITY,
     },
     "headGroupSpec": {"rayStartParams": dict, "template": POD, "serviceType": str},
     "workerGroupSpecs": [{
-        "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "rayStartParams": dict, "template": POD,
-        "idleTimeoutSeconds": int,
+        "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "rayStartParams": dict,
+        "template": POD, "idleTimeoutSeconds": int,
     }],
 }  # fmt: skip
 JOB: Fields = {
-    "entrypoint": str, "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"), "backoffLimit": int,
-    "submitterConfig": {"backoffLimit": int}, "activeDeadlineSeconds": int, "preRunningDeadlineSeconds": int,
-    "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int, "suspend": bool, "runtimeEnvYAML": str,
-    "submitterPodTemplate": POD, "rayClusterSpec": CLUSTER, "clusterSelector": dict,
+    "entrypoint": str, "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
+    "backoffLimit": int, "submitterConfig": {"backoffLimit": int}, "activeDeadlineSeconds": int,
+    "preRunningDeadlineSeconds": int, "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int, "suspend": bool,
+    "runtimeEnvYAML": str, "submitterPodTemplate": POD, "rayClusterSpec": CLUSTER, "clusterSelector": dict,
 }  # fmt: skip
 
 
@@ -47,7 +49,10 @@ def problems(manifest: dict[str, Any]) -> list[str]:
 
 def pods(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(path, pod template) of everything that becomes a pod."""
-    for path, fields in (("spec", manifest["spec"]), ("spec.rayClusterSpec", manifest["spec"].get("rayClusterSpec", {}))):
+    for path, fields in (
+        ("spec", manifest["spec"]),
+        ("spec.rayClusterSpec", manifest["spec"].get("rayClusterSpec", {})),
+    ):
         if "submitterPodTemplate" in fields:
             yield f"{path}.submitterPodTemplate", fields["submitterPodTemplate"]
         if "headGroupSpec" in fields:
@@ -88,7 +93,10 @@ def _job_rules(spec: dict[str, Any]) -> Iterator[str]:
         yield "backoffLimit with clusterSelector or InteractiveMode"
     if mode == "SidecarMode" and ("submitterPodTemplate" in spec or "submitterConfig" in spec):
         yield "SidecarMode with submitterPodTemplate or submitterConfig"
-    if "submitterPodTemplate" in spec and spec["submitterPodTemplate"]["spec"].get("restartPolicy") not in ("Never", "OnFailure"):
+    if "submitterPodTemplate" in spec and spec["submitterPodTemplate"]["spec"].get("restartPolicy") not in (
+        "Never",
+        "OnFailure",
+    ):
         yield "a submitter's restartPolicy is Never or OnFailure"
 
 

@@ -1,4 +1,6 @@
-"""Attacks, ADML and adversarial querying against the closed forms of a linear model (algorithms: FGSM, sign(0) = 0, no clamp)."""
+"""Attacks, ADML and adversarial querying against the closed forms of a linear model (algorithms: FGSM, sign(0) = 0, no
+clamp).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from learners.models.functional import functional
 from learners.objectives.attack import Attack, SupportAttacked, attacked_query
 from learners.objectives.robustness import Robustness
 from learners.objectives.supervised import Supervised
-from learners.verbs import standard
+from learners.verbs import common_verbs
 from tests.quadratics import stack, tensors
 
 MODES = ("loop", "vmap", "compiled")
@@ -35,7 +37,7 @@ def close(got: torch.Tensor, wanted: object) -> None:
 
 
 def gradient(learner: Learner, mode: str = "loop", data: Data = DATA, at: Params = W) -> torch.Tensor:
-    run = standard(learner, OBJECTIVE, 1)["gradient"].run
+    run = common_verbs(learner, OBJECTIVE, 1)["gradient"].run
     result = Execution(mode, backend="aot_eager").run(run, pack(at, {}), {}, stack(data))
     return unpack(result.total).params["weight"]
 
@@ -115,7 +117,7 @@ def test_twenty_steps_find_what_one_step_does_on_a_linear_model() -> None:
 
 def test_the_table_judges_each_query_by_the_model_that_answers_it() -> None:
     how = Robustness(0.1, low=-np.inf, high=np.inf)
-    verb = standard(MAML(0.1), OBJECTIVE, 1, how)["robustness"]
+    verb = common_verbs(MAML(0.1), OBJECTIVE, 1, how)["robustness"]
     rows = Execution("vmap").run(verb.run, pack(W, {}), {}, stack(DATA)).rows
     assert float(rows["fgsm/clean/mse"]) == pytest.approx(2.378461765, abs=1e-9)  # φ_adv on the clean query
     assert float(rows["clean/fgsm/mse"]) == pytest.approx(2.586004, abs=1e-9)  # φ_c on the query attacked at φ_c
@@ -124,7 +126,9 @@ def test_the_table_judges_each_query_by_the_model_that_answers_it() -> None:
     assert float(rows["clean/clean/mse"]) == pytest.approx(float(OBJECTIVE.query(clean, DATA)), abs=1e-9)
 
 
-@pytest.mark.parametrize(("fields", "sentence"), [({"eps": -0.1}, "eps=-0.1"), ({"steps": 0}, "steps=0"), ({"low": 1.0}, "low=1.0")])
+@pytest.mark.parametrize(
+    ("fields", "sentence"), [({"eps": -0.1}, "eps=-0.1"), ({"steps": 0}, "steps=0"), ({"low": 1.0}, "low=1.0")]
+)
 def test_nonsense_attacks_are_refused(fields, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
         Attack(**fields)

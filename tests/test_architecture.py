@@ -1,4 +1,6 @@
-"""Imports run one way, between storeys and between the folders of each; Ray in two files; no driver or worker knows an algorithm."""
+"""Imports run one way, between storeys and between the folders of each; Ray in two files; no driver or worker knows an
+algorithm.
+"""
 
 from __future__ import annotations
 
@@ -162,6 +164,8 @@ def test_public_functions_and_classes_say_what_they_are() -> None:
         f"{path.relative_to(ROOT)}: {node.name}"
         for path, tree in FILES.items()
         for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
     ]
     assert not bare

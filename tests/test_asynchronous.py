@@ -1,4 +1,6 @@
-"""The asynchronous policy: equal to the synchronous one at its limit, weighed by its formula, replayed to the bit, balanced."""
+"""The asynchronous policy: equal to the synchronous one at its limit, weighed by its formula, replayed to the bit,
+balanced.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +66,16 @@ class LatePool(LocalPool):
 
 
 def run(
-    recipe: Recipe, directory: Path, policy: Policy, pool: Pool | None = None, iterations: int = 8, meta_batch: int = 6, **options
+    recipe: Recipe,
+    directory: Path,
+    policy: Policy,
+    pool: Pool | None = None,
+    iterations: int = 8,
+    meta_batch: int = 6,
+    **options,
 ) -> Meta:
-    return Driver(recipe, start(), pool or LocalPool(recipe), directory, iterations=iterations, meta_batch=meta_batch, shard=2,
-                  evaluation=FEW, policy=policy, **options).run()  # fmt: skip
+    return Driver(recipe, start(), pool or LocalPool(recipe), directory, iterations=iterations, meta_batch=meta_batch,
+                  shard=2, evaluation=FEW, policy=policy, **options).run()  # fmt: skip
 
 
 @pytest.mark.parametrize("outer", [Descent(), Descent(optimizer="sgd", momentum=0.9, lr=0.1)])
@@ -150,7 +158,9 @@ def test_replay_ends_in_the_same_bits(tmp_path: Path, kind: str) -> None:
 
 def balanced(directory: Path) -> dict[str, int]:
     counts = Checkpoints(directory / "checkpoints").newest().counts
-    assert counts["dispatched"] == sum(counts[k] for k in ("applied", "dropped", "rejected", "quarantined", "abandoned")), counts
+    assert counts["dispatched"] == sum(
+        counts[k] for k in ("applied", "dropped", "rejected", "quarantined", "abandoned")
+    ), counts
     return counts
 
 
@@ -191,7 +201,14 @@ def test_a_run_stopped_anywhere_goes_on_without_losing_or_repeating_a_task(tmp_p
 
 def test_validation_gets_its_turn_while_training_never_pauses(tmp_path: Path) -> None:
     recipe = quadratic_recipe(outer=SGD)
-    run(recipe, tmp_path, Asynchronous(buffer=1), LatePool(recipe, 4), iterations=40, checkpoint=Checkpointing(seconds=1e6))
+    run(
+        recipe,
+        tmp_path,
+        Asynchronous(buffer=1),
+        LatePool(recipe, 4),
+        iterations=40,
+        checkpoint=Checkpointing(seconds=1e6),
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if line["kind"] == "validation"] == list(range(4, 41, 4))
 
@@ -215,11 +232,17 @@ def test_failures_are_repeated_and_late_duplicates_do_no_harm(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("policy", [Synchronous(max_rejected=0.5), Asynchronous(buffer=3)])
-def test_a_shard_that_kills_three_workers_is_quarantined_and_the_run_goes_on(tmp_path: Path, policy: Policy, caplog) -> None:
+def test_a_shard_that_kills_three_workers_is_quarantined_and_the_run_goes_on(
+    tmp_path: Path, policy: Policy, caplog
+) -> None:
     recipe = quadratic_recipe(outer=SGD)
 
     def script(answer: Contribution) -> list[Event]:
-        return [Failure(1, answer.attempt, f"w{answer.attempt}", "died", "out of memory")] if answer.ticket == 1 else [answer]
+        return (
+            [Failure(1, answer.attempt, f"w{answer.attempt}", "died", "out of memory")]
+            if answer.ticket == 1
+            else [answer]
+        )
 
     # Four shards: without the second, the sum of the others is bracketed x₀ + (x₂ + x₃).
     meta = run(recipe, tmp_path, policy, ScriptedPool(recipe, script), iterations=4, meta_batch=8)
@@ -233,7 +256,8 @@ def test_a_shard_that_kills_three_workers_is_quarantined_and_the_run_goes_on(tmp
 
 
 @pytest.mark.parametrize(("meta_batch", "stop", "sentence"), [
-    (4, 0, "batch of 4 shards that were not all dispatched"), (1 << 60, 1, "that were not all dispatched"), ("many", 1, "meta_batch"),
+    (4, 0, "batch of 4 shards that were not all dispatched"), (1 << 60, 1, "that were not all dispatched"),
+    ("many", 1, "meta_batch"),
 ])  # fmt: skip
 def test_a_journal_whose_batch_cannot_be_is_refused(tmp_path: Path, meta_batch, stop: int, sentence: str) -> None:
     book = journal.Journal(tmp_path / "journal")
@@ -247,16 +271,25 @@ def test_a_journal_whose_batch_cannot_be_is_refused(tmp_path: Path, meta_batch, 
 
 
 def test_a_slow_worker_holds_up_neither_backups_nor_the_asynchronous(tmp_path: Path) -> None:
-    """Three workers of 20 ms a shard and one of 200 ms: seconds of ten steps of eight shards, the sum of rates being 155 shards/s."""
+    """Three workers of 20 ms a shard and one of 200 ms: seconds of ten steps of eight shards, the sum of rates being
+    155 shards/s.
+    """
     recipe, took, theta = quadratic_recipe(outer=SGD), {}, {}
-    policies = {"plain": Synchronous(), "backups": Synchronous(backups=3.0), "asynchronous": Asynchronous(max_staleness=100)}
+    policies = {
+        "plain": Synchronous(),
+        "backups": Synchronous(backups=3.0),
+        "asynchronous": Asynchronous(max_staleness=100),
+    }
     for name, policy in policies.items():
         pool = SleepyPool(recipe, [0.02, 0.02, 0.02, 0.2])
         driver = Driver(recipe, start(), pool, tmp_path / name, iterations=10, meta_batch=8, shard=1, policy=policy,
                         evaluation=Evaluation(validation_tasks=0, tasks=8, steps=0, pictures=0))  # fmt: skip
         begin = time.perf_counter()
         original = driver._finish
-        driver._finish = lambda name=name, begin=begin, end=original: (took.update({name: time.perf_counter() - begin}), end())  # type: ignore[method-assign]
+        driver._finish = lambda name=name, begin=begin, end=original: (
+            took.update({name: time.perf_counter() - begin}),
+            end(),
+        )  # type: ignore[method-assign]
         theta[name] = digest(driver.run())
         pool.close()
     assert theta["backups"] == theta["plain"]

@@ -1,8 +1,8 @@
 """A two-armed bandit, where everything has a closed form: each inner loss has the curvature that theory gives it.
 
-The action is a number from N(μ, σ²); the right arm is pulled where it is positive. With rewards r₀, r₁ and Φ, ϕ the normal
-distribution and density,  J(μ) = r₀ + (r₁ − r₀) Φ(μ/σ),  J' = (r₁ − r₀) ϕ(μ/σ)/σ,  J'' = −(r₁ − r₀) (μ/σ³) ϕ(μ/σ).
-Expectations are exact up to the grid: actions are the distribution's quantiles.
+The action is a number from N(μ, σ²); the right arm is pulled where it is positive. With rewards r₀, r₁ and Φ, ϕ the
+normal distribution and density,  J(μ) = r₀ + (r₁ − r₀) Φ(μ/σ),  J' = (r₁ − r₀) ϕ(μ/σ)/σ,  J'' = −(r₁ − r₀) (μ/σ³)
+ϕ(μ/σ). Expectations are exact up to the grid: actions are the distribution's quantiles.
 """
 
 from __future__ import annotations
@@ -54,12 +54,16 @@ def curvature(mu: float) -> float:
 def lived(policy: Functional, means: list[float]) -> Data:
     """What bandits with these means meet, one pull an episode; the advantage is the reward."""
     actions = torch.stack([m + SIGMA * QUANTILES for m in means]).unsqueeze(-1)
-    old_log_p = torch.stack([torch.distributions.Normal(m, SIGMA).log_prob(a[:, 0]) for m, a in zip(means, actions, strict=True)])
+    old_log_p = torch.stack(
+        [torch.distributions.Normal(m, SIGMA).log_prob(a[:, 0]) for m, a in zip(means, actions, strict=True)]
+    )
     ones = torch.ones(len(means), N, dtype=torch.float64)
     return {
         "observations": ones.unsqueeze(-1), "actions": actions, "mask": ones, "old_log_p": old_log_p,
-        "advantages": torch.where(actions[..., 0] > 0, RIGHT, LEFT).double(), "first": torch.arange(N).expand(len(means), N),
-        "old": torch.stack([policy({"mu": torch.tensor(m, dtype=torch.float64)}, ones[0].unsqueeze(-1)) for m in means]),
+        "advantages": torch.where(actions[..., 0] > 0, RIGHT, LEFT).double(),
+        "first": torch.arange(N).expand(len(means), N),
+        "old": torch.stack([policy({"mu": torch.tensor(m, dtype=torch.float64)}, ones[0].unsqueeze(-1))
+        for m in means]),
     }  # fmt: skip
 
 
@@ -84,15 +88,21 @@ def test_the_meta_gradient_of_a_bandit(inner_loss: str, of_the_inner_loss) -> No
 
 
 def test_only_dice_has_the_curvature_between_two_pulls_of_an_episode() -> None:
-    """The reward comes at the end and is the product of both arms': J = V², J' = 2 V V', J'' = 2 V V'' + 2 V'². With returns to
-    go for advantages all three losses have J'; a ratio per time step lacks the last term, DiCE has all."""
+    """The reward comes at the end and is the product of both arms': J = V², J' = 2 V V', J'' = 2 V V'' + 2 V'². With
+    returns to go for advantages all three losses have J'; a ratio per time step lacks the last term, DiCE has all.
+    """
     mu = 0.3
-    z = -mu / SIGMA + 0.015 * (torch.arange(-400, 400, dtype=torch.float64) + 0.5)  # the arms change between two points of the grid
+    # the arms change between two points of the grid
+    z = -mu / SIGMA + 0.015 * (torch.arange(-400, 400, dtype=torch.float64) + 0.5)
     both = torch.cartesian_prod(mu + SIGMA * z, mu + SIGMA * z)  # all pairs of pulls, with the density as their weight
     weights = torch.exp(-0.5 * torch.cartesian_prod(z, z).square().sum(-1))
     rewards = torch.where(both > 0, RIGHT, LEFT).double().prod(-1) * weights / weights.mean()
     steps = torch.arange(2 * len(both))
-    data = {"mask": torch.ones(len(steps), dtype=torch.float64), "advantages": rewards.repeat_interleave(2), "first": steps - steps % 2}
+    data = {
+        "mask": torch.ones(len(steps), dtype=torch.float64),
+        "advantages": rewards.repeat_interleave(2),
+        "first": steps - steps % 2,
+    }
     at = torch.tensor(mu, dtype=torch.float64, requires_grad=True)
     v, dv, ddv = value(mu), slope(mu), curvature(mu)
     wanted: dict[InnerLoss, float] = {
@@ -124,7 +134,9 @@ def test_the_exploration_term_credits_the_first_pulls_with_the_return_after_adap
     _, theta, data = bandit()
     control = Control(functional(Arm(0.3)), rollouts=None, exploration=0.5)  # type: ignore[arg-type]
     data |= {"return": torch.tensor([1.0, 9.0], dtype=torch.float64)}
-    slots = {f"exploration/{k}": torch.tensor(v).double() for k, v in (("mean", 2.5), ("square", 14.5), ("weight", 0.5))}
+    slots = {
+        f"exploration/{k}": torch.tensor(v).double() for k, v in (("mean", 2.5), ("square", 14.5), ("weight", 0.5))
+    }
     data["actions"] = data["actions"] + 0.2  # so that the mean score is not zero
     plain = MAML(RATE).gradient(Meta(theta, {}), Control(control.policy, rollouts=None), data).grads["mu"]  # type: ignore[arg-type]
     got = MAML(RATE).gradient(Meta(theta, slots), control, data)

@@ -1,4 +1,6 @@
-"""Every kind of fault once upon one run (`make chaos`: hundreds); θ is that of a calm run, the ledger balanced, no process left behind."""
+"""Every kind of fault once upon one run (`make chaos`: hundreds); θ is that of a calm run, the ledger balanced, no
+process left behind.
+"""
 
 from __future__ import annotations
 

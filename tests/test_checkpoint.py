@@ -27,7 +27,9 @@ def state(iteration: int = 3) -> State:
     torch.manual_seed(iteration)
     meta = Meta({"w": torch.randn(3, 2), "b": torch.randn(())}, {"running": torch.randn(2)})
     outer = {"optimizer/m/w": torch.randn(3, 2), "step": torch.tensor(iteration, dtype=torch.float64)}
-    return State(iteration, meta, outer, 17, 2, {"iteration": 1, "score": 0.5}, {"dispatched": 4}, {"execution": "vmap"})
+    return State(
+        iteration, meta, outer, 17, 2, {"iteration": 1, "score": 0.5}, {"dispatched": 4}, {"execution": "vmap"}
+    )
 
 
 def same(a: State, b: State) -> bool:
@@ -67,7 +69,9 @@ def test_a_checkpoint_with_any_byte_changed_is_refused(position: int, change: in
         decode(bytes(damaged), "x")
 
 
-def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state(1))
     newest = checkpoints.save(state(2))
@@ -112,7 +116,8 @@ def test_a_write_that_fails_half_way_leaves_the_last_good_one_and_no_litter(tmp_
         "c = Checkpoints(Path(sys.argv[1])); c.save(State(1, Meta({'w': torch.zeros(10)}, {}), {}))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
-        "try:\n c.save(State(2, Meta({'w': torch.zeros(100000)}, {}), {}))\nexcept OSError as e: print('OSError', e.errno)\n"
+        "try:\n c.save(State(2, Meta({'w': torch.zeros(100000)}, {}), {}))\nexcept OSError as e: print('OSError', "
+        "e.errno)\n"
         "print(c.newest().iteration)"
     )
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -228,7 +233,9 @@ def test_zeros_that_a_power_failure_left_at_the_end_are_dropped(tmp_path: Path) 
     assert not list(tmp_path.glob("journal.damaged-*"))
 
 
-def test_a_journal_damaged_in_the_middle_is_set_aside_not_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_journal_damaged_in_the_middle_is_set_aside_not_overwritten(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = recorded(tmp_path / "journal", 3)
     damaged = bytearray(path.read_bytes())
     damaged[14] ^= 1

@@ -41,13 +41,26 @@ def test_a_run_directory_holds_what_one_wants_to_see(finished: Path) -> None:
     assert len(results["mean"]["mse"]) == len(results["ci95"]["mse"]) == 11
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
-    assert {"train/query_loss", "validation/mse_step1", "test/mse_step10", "perf/tasks_per_s"} <= set(events.Tags()["scalars"])
+    assert {"train/query_loss", "validation/mse_step1", "test/mse_step10", "perf/tasks_per_s"} <= set(
+        events.Tags()["scalars"]
+    )
     assert "test/adaptation" in events.Tags()["images"]
     assert [e.step for e in events.Scalars("train/query_loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_evaluate_export_status_and_compare(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metafleet("evaluate", str(finished), "--tasks", "10", "--steps", "10", "--pool", "local", "--json", str(tmp_path / "e.json"))
+    metafleet(
+        "evaluate",
+        str(finished),
+        "--tasks",
+        "10",
+        "--steps",
+        "10",
+        "--pool",
+        "local",
+        "--json",
+        str(tmp_path / "e.json"),
+    )
     first = json.loads((finished / "evaluation.json").read_text())
     again = json.loads((tmp_path / "e.json").read_text())
     assert again["mean"] == first["mean"]
@@ -59,15 +72,35 @@ def test_evaluate_export_status_and_compare(finished: Path, tmp_path: Path, caps
         assert 'name = "maml"' in file.metadata()["metafleet"]
     metafleet("status", str(finished))
     metafleet("train", "sinusoid", "--dir", str(tmp_path / "many"), "--seeds", "2", *TINY, "--learner.order", "1")
-    metafleet("compare", str(finished), str(tmp_path / "many/seed-0"), str(tmp_path / "many/seed-1"), "--out", str(tmp_path / "c.png"))
+    metafleet(
+        "compare",
+        str(finished),
+        str(tmp_path / "many/seed-0"),
+        str(tmp_path / "many/seed-1"),
+        "--out",
+        str(tmp_path / "c.png"),
+    )
     output = capsys.readouterr().out
     assert "finished" in output
     assert "many (2 seeds)" in output
     assert Image.open(tmp_path / "c.png").size[0] > 800
 
 
-def test_evaluate_takes_another_rate_at_test(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metafleet("evaluate", str(finished), "--tasks", "10", "--pool", "local", "--inner-lr", "0", "--json", str(tmp_path / "e.json"))
+def test_evaluate_takes_another_rate_at_test(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metafleet(
+        "evaluate",
+        str(finished),
+        "--tasks",
+        "10",
+        "--pool",
+        "local",
+        "--inner-lr",
+        "0",
+        "--json",
+        str(tmp_path / "e.json"),
+    )
     curve = json.loads((tmp_path / "e.json").read_text())["mean"]["mse"]
     assert curve == pytest.approx([curve[0]] * 11, rel=1e-6)
     metafleet("train", "sinusoid", "--learner.name", "meta_sgd", "--dir", str(tmp_path / "r"), *TINY)
@@ -78,18 +111,32 @@ def test_evaluate_takes_another_rate_at_test(finished: Path, tmp_path: Path, cap
     assert {"train/support_loss_step0", "train/query_loss"} <= set(events.Tags()["scalars"])
 
 
-GLYPHS = ["--task.source.characters", "40", "--task.source.size", "16", "--model.width", "4", "--meta-batch", "2", "--shard", "2",
-          "--evaluation.tasks", "4", "--evaluation.steps", "1", "--evaluation.validation-tasks", "0", "--pool", "local"]  # fmt: skip
+GLYPHS = ["--task.source.characters", "40", "--task.source.size", "16", "--model.width", "4", "--meta-batch", "2",
+          "--shard", "2", "--evaluation.tasks", "4", "--evaluation.steps", "1", "--evaluation.validation-tasks", "0",
+          "--pool", "local"]  # fmt: skip
 
 
-def test_a_robust_run_ends_with_its_table_and_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], data_folder: Path) -> None:
-    words = ["--learner.name", "adml", "--evaluation.robustness.eps", "0.1", "--iterations", "2", "--evaluation.norms", "transductive"]
+def test_a_robust_run_ends_with_its_table_and_its_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data_folder: Path
+) -> None:
+    words = [
+        "--learner.name",
+        "adml",
+        "--evaluation.robustness.eps",
+        "0.1",
+        "--iterations",
+        "2",
+        "--evaluation.norms",
+        "transductive",
+    ]
     metafleet("train", "glyphs", "--dir", str(tmp_path / "r"), *words, *GLYPHS)
     printed = " ".join(capsys.readouterr().err.split())
     assert "accuracy transductive under attack, ε = 0.1, after 1 inner steps (4 tasks" in printed
     assert "pgd-20 query" in printed
     mean = json.loads((tmp_path / "r" / "evaluation.json").read_text())["robustness"]["mean"]
-    assert {f"{s}/{q}/accuracy_transductive" for s in ("clean", "fgsm") for q in ("clean", "fgsm", "pgd-20")} <= mean.keys()
+    assert {
+        f"{s}/{q}/accuracy_transductive" for s in ("clean", "fgsm") for q in ("clean", "fgsm", "pgd-20")
+    } <= mean.keys()
     with Image.open(tmp_path / "r" / "adversarial.png") as image:
         assert image.size[0] > 800
     events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
@@ -98,7 +145,18 @@ def test_a_robust_run_ends_with_its_table_and_its_picture(tmp_path: Path, capsys
     assert "test/clean/pgd-20/accuracy_transductive" in events.Tags()["scalars"]
     metafleet("evaluate", str(tmp_path / "r"), "--tasks", "4", "--steps", "1", "--json", str(tmp_path / "e.json"))
     assert json.loads((tmp_path / "e.json").read_text())["robustness"]["mean"] == mean
-    metafleet("evaluate", str(tmp_path / "r"), "--tasks", "4", "--steps", "1", "--eps", "0", "--json", str(tmp_path / "e.json"))
+    metafleet(
+        "evaluate",
+        str(tmp_path / "r"),
+        "--tasks",
+        "4",
+        "--steps",
+        "1",
+        "--eps",
+        "0",
+        "--json",
+        str(tmp_path / "e.json"),
+    )
     assert "robustness" not in json.loads((tmp_path / "e.json").read_text())
 
 
@@ -121,7 +179,9 @@ iterations = 1
 """
 
 
-def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "c.toml").write_text(COMPARISON)
     for trained in (4, 0):
         metafleet("compare", str(tmp_path / "c.toml"), "--dir", str(tmp_path / "c"), "--pool", "local")
@@ -130,7 +190,9 @@ def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(tmp_pa
     table = (tmp_path / "c" / "comparison.txt").read_text()
     assert [line.split()[1] for line in table.splitlines() if "300" in line] == ["maml", "reptile"]
     assert [line.split()[1] for line in table.splitlines() if "330" in line] == ["after-maml", "after-reptile"]
-    assert [json.loads((tmp_path / "c" / n / "evaluation.json").read_text())["iteration"] for n in ("maml", "reptile")] == [10, 15]
+    assert [
+        json.loads((tmp_path / "c" / n / "evaluation.json").read_text())["iteration"] for n in ("maml", "reptile")
+    ] == [10, 15]
     assert Image.open(tmp_path / "c" / "comparison.png").size[0] > 800
     assert "is a comparison of 4 runs: metafleet compare" in refusal(capsys, "train", str(tmp_path / "c.toml"))
     assert "is not a comparison" in refusal(capsys, "compare", "sinusoid")
@@ -145,7 +207,9 @@ def test_results_of_fewer_iterations_do_not_outlive_a_resume(finished: Path, tmp
     assert not (tmp_path / "r" / "evaluation.json").exists()
 
 
-def test_a_changed_comparison_does_not_take_old_results_for_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_comparison_does_not_take_old_results_for_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "c.toml").write_text(COMPARISON)
     words = ["compare", str(tmp_path / "c.toml"), "--dir", str(tmp_path / "c"), "--pool", "local"]
     metafleet(*words)
@@ -190,7 +254,15 @@ def test_list_show_and_every_help_page(capsys: pytest.CaptureFixture[str]) -> No
         (["sinusoid", "--learner.name", "imaml"], "is implicit"),
         (["glyphs", "--learner.name", "adml"], "is second order"),
         (
-            ["glyphs", "--objective.norm", "support_plus_one", "--objective.scale", "sum_over_shots", "--learner.inner-lr", "0.1"],
+            [
+                "glyphs",
+                "--objective.norm",
+                "support_plus_one",
+                "--objective.scale",
+                "sum_over_shots",
+                "--learner.inner-lr",
+                "0.1",
+            ],
             "is second order",
         ),
     ],
@@ -202,7 +274,9 @@ def test_check_names_the_gradient(words, claim, capsys: pytest.CaptureFixture[st
     assert claim in output
 
 
-def test_check_finds_a_gradient_that_is_not_what_it_claims(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_finds_a_gradient_that_is_not_what_it_claims(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # The classic mistake, planted: inner gradients that are constants although second order is claimed.
     from learners import inner
 
@@ -212,7 +286,9 @@ def test_check_finds_a_gradient_that_is_not_what_it_claims(monkeypatch: pytest.M
     assert capsys.readouterr().out.startswith("WRONG: ")
 
 
-def test_train_on_an_existing_directory_resumes_the_same_run_and_refuses_another(finished: Path, tmp_path: Path, capsys) -> None:
+def test_train_on_an_existing_directory_resumes_the_same_run_and_refuses_another(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
     metafleet("train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY)
     metafleet("train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY[2:], "--iterations", "9")
     assert Checkpoints(tmp_path / "r" / "checkpoints").newest().iteration == 9
@@ -222,7 +298,9 @@ def test_train_on_an_existing_directory_resumes_the_same_run_and_refuses_another
     assert "seed was 0 when this run began and is 3 now" in text
 
 
-def test_resuming_says_when_nothing_is_left_to_do_or_the_schedule_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_says_when_nothing_is_left_to_do_or_the_schedule_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     metafleet("train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY)
     assert "iterations=3: " in refusal(capsys, "resume", str(tmp_path / "r"), "--iterations", "3")
     metafleet("resume", str(tmp_path / "r"), "--iterations", "8")
@@ -236,14 +314,20 @@ def test_resuming_says_when_nothing_is_left_to_do_or_the_schedule_is_over(tmp_pa
 def test_learned_rates_go_along_with_theta(tmp_path: Path) -> None:
     words = ["train", "sinusoid", "--learner.name", "meta_sgd", *TINY]
     metafleet(*words, "--dir", str(tmp_path / "a"))
-    metafleet(*words, "--dir", str(tmp_path / "b"), "--init-from", str(tmp_path / "a"), "--outer.lr", "0.0", "--seed", "3")
+    metafleet(
+        *words, "--dir", str(tmp_path / "b"), "--init-from", str(tmp_path / "a"), "--outer.lr", "0.0", "--seed", "3"
+    )
     ends = [Checkpoints(tmp_path / d / "checkpoints").newest().meta for d in "ab"]
     assert any(k.startswith("alpha/") for k in ends[0].params)
     assert digest(ends[0]) == digest(ends[1])
 
 
-def test_a_run_starts_from_the_theta_of_another(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metafleet("train", "sinusoid", "--dir", str(tmp_path / "w"), *TINY, "--init-from", str(finished), "--outer.lr", "0.0")
+def test_a_run_starts_from_the_theta_of_another(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metafleet(
+        "train", "sinusoid", "--dir", str(tmp_path / "w"), *TINY, "--init-from", str(finished), "--outer.lr", "0.0"
+    )
     ends = [Checkpoints(d / "checkpoints").newest() for d in (finished, tmp_path / "w")]
     assert digest(ends[0].meta) == digest(ends[1].meta)
     metafleet("replay", str(tmp_path / "w"))
@@ -253,5 +337,16 @@ def test_a_run_starts_from_the_theta_of_another(finished: Path, tmp_path: Path, 
     (tmp_path / "k" / "run.toml").write_bytes((tmp_path / "w" / "run.toml").read_bytes())
     metafleet("resume", str(tmp_path / "k"))
     assert digest(Checkpoints(tmp_path / "k" / "checkpoints").newest().meta) == digest(ends[0].meta)
-    text = refusal(capsys, "train", "sinusoid", "--dir", str(tmp_path / "x"), *TINY, "--init-from", str(finished), "--model.hidden", "7")
+    text = refusal(
+        capsys,
+        "train",
+        "sinusoid",
+        "--dir",
+        str(tmp_path / "x"),
+        *TINY,
+        "--init-from",
+        str(finished),
+        "--model.hidden",
+        "7",
+    )
     assert "its model has no parameter linear0.weight of shape (7, 1)" in text

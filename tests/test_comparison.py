@@ -12,7 +12,9 @@ from cluster.operations.comparison import grouped
 from cluster.results.interval import over_seeds
 
 
-def test_runs_of_one_kind_are_seeds_wherever_they_ran_and_the_same_seed_twice_is_not_two(finished: Path, tmp_path: Path) -> None:
+def test_runs_of_one_kind_are_seeds_wherever_they_ran_and_the_same_seed_twice_is_not_two(
+    finished: Path, tmp_path: Path
+) -> None:
     text = (finished / "run.toml").read_text()
     changes = {"x/seed-0": {}, "x/seed-1": {"seed = 0": "seed = 1", "workers = 2": "workers = 4"}, "y/seed-0": {}}
     for name, changed in changes.items():

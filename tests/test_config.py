@@ -64,7 +64,14 @@ def test_defaults_are_the_papers() -> None:
 PUBLISHED = {
     "sinusoid-maml": {"inner_lr": 0.01, "inner_steps": 1, "meta_batch": 25, "iterations": 70_000, "test_steps": 10},
     "sinusoid-maml-code": {"inner_lr": 0.001},
-    "omniglot-5way-1shot": {"inner_lr": 0.4, "inner_steps": 1, "meta_batch": 32, "iterations": 60_000, "queries": 1, "test_steps": 3},
+    "omniglot-5way-1shot": {
+        "inner_lr": 0.4,
+        "inner_steps": 1,
+        "meta_batch": 32,
+        "iterations": 60_000,
+        "queries": 1,
+        "test_steps": 3,
+    },
     "omniglot-5way-5shot": {"inner_lr": 0.4, "inner_steps": 1, "meta_batch": 32, "queries": 5},
     "omniglot-5way-1shot-code": {"train": 1100, "validation": 100, "test_steps": 10},
     "omniglot-20way-1shot": {"inner_lr": 0.1, "inner_steps": 5, "meta_batch": 16, "queries": 1, "test_steps": 5},
@@ -109,10 +116,27 @@ PUBLISHED = {
     "omniglot-5way-1shot-meta-sgd": {"inner_steps": 1, "meta_batch": 4, "iterations": 60_000, "test_steps": 1},
     "miniimagenet-5way-1shot-meta-sgd": {"inner_steps": 1, "meta_batch": 4, "iterations": 60_000, "test_steps": 1},
     "miniimagenet-5way-1shot-anil": {"inner_lr": 0.1, "inner_steps": 5, "meta_batch": 32},
-    "miniimagenet-5way-1shot-maml-plus-plus": {"inner_lr": 0.1, "inner_steps": 5, "multi_step_epochs": 15, "epoch": 500, "width": 48},
+    "miniimagenet-5way-1shot-maml-plus-plus": {
+        "inner_lr": 0.1,
+        "inner_steps": 5,
+        "multi_step_epochs": 15,
+        "epoch": 500,
+        "width": 48,
+    },
     "omniglot-20way-1shot-maml-plus-plus": {"inner_lr": 0.1, "inner_steps": 5, "multi_step_epochs": 10},
-    "miniimagenet-5way-5shot-adml-goldblum": {"inner_lr": 0.01, "inner_steps": 5, "meta_batch": 4, "queries": 15, "eps": 8 / 255},
-    "miniimagenet-5way-5shot-adversarial-querying": {"inner_steps": 5, "eps": 8 / 255, "attack_steps": 7, "attack_step": 2 / 255},
+    "miniimagenet-5way-5shot-adml-goldblum": {
+        "inner_lr": 0.01,
+        "inner_steps": 5,
+        "meta_batch": 4,
+        "queries": 15,
+        "eps": 8 / 255,
+    },
+    "miniimagenet-5way-5shot-adversarial-querying": {
+        "inner_steps": 5,
+        "eps": 8 / 255,
+        "attack_steps": 7,
+        "attack_step": 2 / 255,
+    },
     "omniglot-5way-1shot-reptile-serial": {"meta_batch": 1, "moments": "carry", "inner_steps": 5},
     "miniimagenet-5way-5shot-reptile": {"inner_steps": 8, "batch": 10, "test_batch": 15, "train_shots": 15},
 }
@@ -123,18 +147,24 @@ def test_presets_hold_the_published_numbers(name: str) -> None:
     run = config.load(name)
     leaves = flat(to_table(run))
     where = {
-        "inner_lr": "learner.inner_lr", "inner_steps": "learner.inner_steps", "queries": "task.queries", "clip": "outer.clip_value",
-        "test_steps": "evaluation.steps", "train": "task.source.train", "validation": "task.source.validation", "width": "model.width",
-        "lowest_rate": "learner.lowest_rate", "highest_rate": "learner.highest_rate", "epoch": "learner.epoch",
+        "inner_lr": "learner.inner_lr", "inner_steps": "learner.inner_steps", "queries": "task.queries",
+        "clip": "outer.clip_value", "test_steps": "evaluation.steps", "train": "task.source.train",
+        "validation": "task.source.validation", "width": "model.width", "lowest_rate": "learner.lowest_rate",
+        "highest_rate": "learner.highest_rate", "epoch": "learner.epoch",
         "multi_step_epochs": "learner.multi_step_epochs", "moments": "learner.moments", "eps": "learner.attack.eps",
-        "attack_steps": "learner.attack.steps", "attack_step": "learner.attack.step_size",
-        "batch": "learner.batch", "test_batch": "learner.test_batch", "train_shots": "task.train_shots",
+        "attack_steps": "learner.attack.steps", "attack_step": "learner.attack.step_size", "batch": "learner.batch",
+        "test_batch": "learner.test_batch", "train_shots": "task.train_shots",
     }  # fmt: skip
     assert {k: leaves[where.get(k, k)] for k in PUBLISHED[name]} == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PUBLISHED if n.startswith("omniglot") and not n.endswith(("reptile", "serial", "meta-sgd", "plus-plus"))]
+    "name",
+    [
+        n
+        for n in PUBLISHED
+        if n.startswith("omniglot") and not n.endswith(("reptile", "serial", "meta-sgd", "plus-plus"))
+    ],
 )
 def test_mamls_published_rates_come_with_the_loss_scale_they_are_for(name: str) -> None:
     assert config.load(name).objective.scale == "sum_over_shots"
@@ -180,14 +210,18 @@ def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, text: str, message
 
 
 def test_extends_merges_keys_and_a_new_choice_starts_afresh(tmp_path: Path) -> None:
-    run = config.load(file(tmp_path, 'extends = "omniglot-5way-1shot"\n[learner]\nname = "reptile"\nbatch = 3\n[task]\nways = 7'))
+    run = config.load(
+        file(tmp_path, 'extends = "omniglot-5way-1shot"\n[learner]\nname = "reptile"\nbatch = 3\n[task]\nways = 7')
+    )
     assert run.learner == Reptile(batch=3)
     assert (run.task.ways, run.task.shots, run.task.source.train) == (7, 1, 1200)
 
 
 def test_only_what_the_numbers_do_not_depend_on_may_change_on_resume() -> None:
     run = config.load("sinusoid")
-    resolve.check_resumable(run, replace(run, iterations=9, workers=5, pool="local", evaluation=replace(run.evaluation, tasks=3)))
+    resolve.check_resumable(
+        run, replace(run, iterations=9, workers=5, pool="local", evaluation=replace(run.evaluation, tasks=3))
+    )
     with pytest.raises(ValueError, match=r"learner.inner_lr was 0.01 when this run began and is 0.5 now"):
         resolve.check_resumable(run, replace(run, learner=MAML(inner_lr=0.5)))
     with pytest.raises(ValueError, match=r"learner.name was 'maml' when this run began and is 'reptile' now"):

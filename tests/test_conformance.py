@@ -1,4 +1,6 @@
-"""What every learner must keep to, on numbers and on images: a new learner is one line in LEARNERS and one in LIMITS."""
+"""What every learner must keep to, on numbers and on images: a new learner is one line in LEARNERS and one in
+LIMITS.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ class World:
     def recipe(self, learner: Learner, mode: str = "loop") -> Recipe:
         if isinstance(learner, ProtoNet) and self.objective.loss == "mse":
             pytest.skip("prototypes are of classes")
-        return Recipe(self.tasks, learner, self.objective, Descent(), dtype="float64", evaluation_steps=2, execution=mode)
+        return Recipe(
+            self.tasks, learner, self.objective, Descent(), dtype="float64", evaluation_steps=2, execution=mode
+        )
 
     def meta(self, learner: Learner) -> Meta:
         meta = learner.init(self.objective.model.params(), np.random.default_rng(0))
@@ -91,7 +95,10 @@ class World:
 def world(request: pytest.FixtureRequest, data_folder: Path) -> World:
     torch.manual_seed(0)
     if request.param == "sinusoid":
-        return World(Sinusoid(shots=5, queries=5), Supervised(functional(MLP((6,), activation="tanh").build((1,), 1).double()), "mse"))
+        return World(
+            Sinusoid(shots=5, queries=5),
+            Supervised(functional(MLP((6,), activation="tanh").build((1,), 1).double()), "mse"),
+        )
     tasks = Episodes(Glyphs(characters=30, drawings=6, size=16), ways=3, shots=2, queries=2, test_queries=2)
     tasks.prepare()
     model = functional(Conv4(width=3).build((1, 16, 16), 3).double())
@@ -130,7 +137,9 @@ def test_shapes_are_those_of_theta(world: World, name: str) -> None:
     result = learner.gradient(meta, world.objective, task)
     for got, like in ((result.grads, meta.params), (result.slots, meta.slots)):
         assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in like.items()}
-    assert all(v.dtype == torch.float64 and not v.requires_grad for v in [*result.grads.values(), *result.slots.values()])
+    assert all(
+        v.dtype == torch.float64 and not v.requires_grad for v in [*result.grads.values(), *result.slots.values()]
+    )
     assert all(v.shape == () for v in result.metrics.values())
     theta = world.objective.model.params()
     task = {k: v[0] for k, v in world.data(recipe, 1, "evaluate").items()}
@@ -145,7 +154,10 @@ def test_an_attack_makes_any_adapted_model_worse(world: World, name: str) -> Non
     recipe = dataclasses.replace(world.recipe(LEARNERS[name]), robustness=how)
     verb = recipe.verbs(world.objective)["robustness"]
     data = world.data(recipe, 3, "robustness")
-    rows = {k: float(v.mean()) for k, v in Execution("loop").run(verb.run, pack(*world.meta(LEARNERS[name])), {}, data).rows.items()}
+    rows = {
+        k: float(v.mean())
+        for k, v in Execution("loop").run(verb.run, pack(*world.meta(LEARNERS[name])), {}, data).rows.items()
+    }
     loss = "mse" if world.objective.loss == "mse" else "loss_transductive"
     assert rows[f"clean/clean/{loss}"] < rows[f"clean/fgsm/{loss}"]
     assert rows[f"clean/clean/{loss}"] < rows[f"clean/pgd-4/{loss}"]
@@ -205,8 +217,8 @@ def test_the_number_of_workers_does_not_change_a_bit(world: World, name: str, tm
     for workers in (1, 3):
         recipe = world.recipe(LEARNERS[name])
         driver = Driver(
-            recipe, world.objective.model.params(), Fleet(recipe, workers), tmp_path / str(workers), iterations=3, meta_batch=4, shard=1,
-            evaluation=Evaluation(validation_tasks=0, tasks=1, steps=2, pictures=0),
+            recipe, world.objective.model.params(), Fleet(recipe, workers), tmp_path / str(workers), iterations=3,
+            meta_batch=4, shard=1, evaluation=Evaluation(validation_tasks=0, tasks=1, steps=2, pictures=0),
         )  # fmt: skip
         ends.append(wire.flatten(pack(*driver.run()))[1])
     np.testing.assert_array_equal(ends[0], ends[1])
@@ -271,7 +283,9 @@ def _imaml(t: AtTheta) -> Params:
 
     flat = torch.cat([v.flatten() for v in t.theta.values()])
     hessian = torch.autograd.functional.hessian(support, flat)
-    x = torch.linalg.solve(torch.eye(len(flat), dtype=flat.dtype) + hessian / 2000.0, torch.cat([t.query[k].flatten() for k in names]))
+    x = torch.linalg.solve(
+        torch.eye(len(flat), dtype=flat.dtype) + hessian / 2000.0, torch.cat([t.query[k].flatten() for k in names])
+    )
     return {k: p.view(t.theta[k].shape) for k, p in zip(names, x.split(sizes), strict=True)}
 
 

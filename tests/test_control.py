@@ -59,7 +59,10 @@ def slope(function, at: Params, d: Params, h: float = 1e-4) -> float:
     """Richardson-extrapolated central difference along d."""
 
     def central(e: float) -> float:
-        up, down = (torch.as_tensor(function(tree.add(at, tree.scale(s * e, d))), dtype=torch.float64).detach() for s in (1.0, -1.0))
+        up, down = (
+            torch.as_tensor(function(tree.add(at, tree.scale(s * e, d))), dtype=torch.float64).detach()
+            for s in (1.0, -1.0)
+        )
         return float(up - down) / (2 * e)
 
     return (4 * central(h) - central(2 * h)) / 3
@@ -113,7 +116,15 @@ def test_returns_and_advantages_stop_at_the_end_of_an_episode() -> None:
     np.testing.assert_allclose(pg.discounted(rewards, starts, 0.5), [1 + 1 + 0.75, 2 + 1.5, 3, 20, 20])
     values = np.array([0.5, -1.0, 2.0, 0.0, 3.0])
     delta = np.array([1 + 0.5 * -1 - 0.5, 2 + 0.5 * 2 + 1, 3 - 2, 10 + 0.5 * 3 - 0, 20 - 3])
-    raw = np.array([delta[0] + 0.2 * (delta[1] + 0.2 * delta[2]), delta[1] + 0.2 * delta[2], delta[2], delta[3] + 0.2 * delta[4], delta[4]])
+    raw = np.array(
+        [
+            delta[0] + 0.2 * (delta[1] + 0.2 * delta[2]),
+            delta[1] + 0.2 * delta[2],
+            delta[2],
+            delta[3] + 0.2 * delta[4],
+            delta[4],
+        ]
+    )
     got = pg.advantages(rewards, values, starts, 0.5, 0.4)
     np.testing.assert_allclose(got, (raw - raw.mean()) / raw.std(), rtol=1e-7)
 
@@ -160,7 +171,10 @@ def test_the_three_inner_losses_agree_in_slope_and_not_in_curvature() -> None:
 def test_a_trust_region_stays_inside_its_radius_and_gains() -> None:
     control, theta = policy()
     learner, outer = MAML(0.3, 1), TrustRegion(max_kl=0.02)
-    data = {k: torch.stack([recorded(control, theta, learner, s)[k] for s in (0, 1)]) for k in recorded(control, theta, learner)}
+    data = {
+        k: torch.stack([recorded(control, theta, learner, s)[k] for s in (0, 1)])
+        for k in recorded(control, theta, learner)
+    }
     verbs = outer.verbs(learner, control)
     from learners.verbs import common_verbs
 

@@ -62,10 +62,14 @@ def pool_folder(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> 
 
 def data_free(folder: Path, **changes) -> Run:
     run = config.load("data-free-glyphs")
-    task = replace(run.task, source=Glyphs(characters=60, size=16), pools=(str(folder),), ways=3, queries=3, test_queries=3)
+    task = replace(
+        run.task, source=Glyphs(characters=60, size=16), pools=(str(folder),), ways=3, queries=3, test_queries=3
+    )
     outer = Purer(switch=Switch(warmup=1, patience=1))
     learner = DataFreeMAML(0.1, 2, calibration=Calibration(inversion_steps=2, steps=1))
-    run = replace(run, task=task, model=SMALL, outer=outer, learner=learner, pool="local", meta_batch=2, shard=1, **changes)
+    run = replace(
+        run, task=task, model=SMALL, outer=outer, learner=learner, pool="local", meta_batch=2, shard=1, **changes
+    )
     run.task.prepare()
     return resolved(run)[0]
 
@@ -77,8 +81,9 @@ def trained(run: Run, directory: Path, pool: Pool | None = None, iterations: int
     def look() -> bool:
         return bool(hook(holder[0]))
 
-    driver = Driver(parts, params, pool or LocalPool(parts), directory, iterations=iterations, meta_batch=2, shard=1, interrupted=look,
-                    evaluation=Evaluation(every=3, validation_tasks=2, tasks=2, steps=1, pictures=0))  # fmt: skip
+    driver = Driver(parts, params, pool or LocalPool(parts), directory, iterations=iterations, meta_batch=2, shard=1,
+                    interrupted=look, evaluation=Evaluation(every=3, validation_tasks=2, tasks=2, steps=1,
+                    pictures=0))  # fmt: skip
     holder.append(driver)
     driver.run()
     return driver
@@ -142,8 +147,13 @@ architecture = { name = "conv4", width = 4, halving = "pool", features = "flat",
     teachers.imported(tmp_path / "mine.toml", tmp_path / "biased")
     (same,) = teachers.load(tmp_path / "biased").teachers
     torch.testing.assert_close(same.model(same.params, x, FROZEN), functional(model)(dict(state), x, FROZEN))
-    torch.save(state | {"block1.extra": torch.zeros(3), "block1.norm.num_batches_tracked": torch.tensor(7)}, tmp_path / "mine.pt")
-    with pytest.raises(ValueError, match=r"has block1\.extra, for which the architecture, as it is described, has no place"):
+    torch.save(
+        state | {"block1.extra": torch.zeros(3), "block1.norm.num_batches_tracked": torch.tensor(7)},
+        tmp_path / "mine.pt",
+    )
+    with pytest.raises(
+        ValueError, match=r"has block1\.extra, for which the architecture, as it is described, has no place"
+    ):
         teachers.imported(tmp_path / "mine.toml", tmp_path / "other")
     with pytest.raises(ValueError, match="do not mix"):
         teachers.together([teachers.load(pool_folder), replace(teachers.load(tmp_path / "pool"), shape=(1, 28, 28))])
@@ -182,7 +192,8 @@ def test_beginnings(pool_folder: Path, tmp_path: Path) -> None:
         teachers.beginning(pool, Conv4(), own, "average")
 
 
-# --- runs ---------------------------------------------------------------------------------------------------------------
+# --- runs
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Reducing:
@@ -236,7 +247,9 @@ def test_images_belong_to_the_run_and_not_to_its_evaluation(pool_folder: Path) -
     run = data_free(pool_folder)
 
     def noise(changed: Run) -> torch.Tensor:
-        return Reducing(changed, Meta(assemble.recipe(changed)[1], {}))("noise", None, over=("teachers", 2)).rows["carry/images"]
+        return Reducing(changed, Meta(assemble.recipe(changed)[1], {}))("noise", None, over=("teachers", 2)).rows[
+            "carry/images"
+        ]
 
     same = replace(run, evaluation=replace(run.evaluation, seed=7))
     assert torch.equal(noise(run), noise(same))
@@ -258,7 +271,8 @@ def test_theta_and_images_are_the_same_on_any_fleet_and_after_a_kill(pool_folder
 
     run = data_free(pool_folder)
     wanted = bits(trained(run, tmp_path / "local"))
-    assert any(line["purer/fired"] for line in _train(tmp_path / "local")[3:])  # the adversary's round too, after the kill
+    # the adversary's round too, after the kill
+    assert any(line["purer/fired"] for line in _train(tmp_path / "local")[3:])
     killed: list[int] = []
 
     def kill(driver: Driver) -> bool:
@@ -289,7 +303,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pool_folder: Path, tmp_path: Pat
 
 def test_the_command_that_began_a_run_goes_on_with_it(pool_folder: Path, tmp_path: Path) -> None:
     run = data_free(pool_folder)
-    asked = replace(run.task, teachers=0, teacher_ways=0, mean=(), std=())  # as a preset has it: what the teachers say is not known yet
+    # as a preset has it: what the teachers say is not known yet
+    asked = replace(run.task, teachers=0, teacher_ways=0, mean=(), std=())
     few = Evaluation(every=3, validation_tasks=2, tasks=2, steps=1, pictures=0)
     run = replace(run, task=asked, outer=replace(run.outer, teachers=0), evaluation=few, execution="auto")
     for iterations in (2, 3):
@@ -325,12 +340,16 @@ class ValidatedOnTraining(Glyphs):
 
     def load(self):
         images = super().load()
-        return store.ImageSet(images.images, replace(images.index, splits=images.index.splits | {"validation": images.classes("train")}))
+        return store.ImageSet(
+            images.images, replace(images.index, splits=images.index.splits | {"validation": images.classes("train")})
+        )
 
 
 def test_validation_on_training_classes_is_refused(pool_folder: Path) -> None:
     task = data_free(pool_folder).task
-    with pytest.raises(ValueError, match="36 held-out classes are training classes, of which a data-free run reads no image"):
+    with pytest.raises(
+        ValueError, match="36 held-out classes are training classes, of which a data-free run reads no image"
+    ):
         replace(task, source=ValidatedOnTraining(characters=60, size=16)).prepare()
 
 
@@ -345,7 +364,9 @@ def test_two_data_sets_and_two_architectures_in_one_pool_train(pool_folder: Path
     # Characters of another hand: another mean, another deviation.
     run = replace(config.load("glyphs"), pool="local")
     run = replace(run, task=replace(run.task, source=Glyphs(characters=40, size=16, seed=5, wobble=0.2)))
-    school.train(run, school.Plan(2, 3, architectures=(ResNet(10, 4), SMALL), schooling=Schooling(epochs=5)), tmp_path / "other")
+    school.train(
+        run, school.Plan(2, 3, architectures=(ResNet(10, 4), SMALL), schooling=Schooling(epochs=5)), tmp_path / "other"
+    )
     both = data_free(pool_folder)
     pools = (str(pool_folder), str(tmp_path / "other"))
     both = replace(both, task=replace(both.task, pools=pools, teachers=0, teacher_ways=0, mean=(), std=()))
@@ -372,7 +393,9 @@ def test_each_slice_of_d_is_inverted_from_its_teacher_towards_its_classes(pool_f
     images = torch.randn(2, 3, 4, 1, 16, 16)
     verb = parts.verbs(parts.objective)["invert"]
     for i, teacher in enumerate(teachers.load(pool_folder).teachers):
-        share = verb.run(pack(params, {}), {"images": images}, {"teacher": torch.tensor(i), "shift": torch.tensor([0, 0])})
+        share = verb.run(
+            pack(params, {}), {"images": images}, {"teacher": torch.tensor(i), "shift": torch.tensor([0, 0])}
+        )
         logits = torch.stack([teacher.model(teacher.params, images[i, c], FROZEN) for c in range(3)])
         wanted = -torch.stack([logits[c].log_softmax(1)[:, c].mean() for c in range(3)]).mean()
         assert share.row["inversion_classification"].item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -380,11 +403,18 @@ def test_each_slice_of_d_is_inverted_from_its_teacher_towards_its_classes(pool_f
 
 def test_a_label_of_a_pseudo_episode_is_one_class_of_one_teacher(pool_folder: Path) -> None:
     task = data_free(pool_folder).task
-    marked = torch.arange(6.0)[:, None, None, None, None].expand(6, task.per_class, 1, 16, 16).reshape(2, 3, task.per_class, 1, 16, 16)
+    marked = (
+        torch.arange(6.0)[:, None, None, None, None]
+        .expand(6, task.per_class, 1, 16, 16)
+        .reshape(2, 3, task.per_class, 1, 16, 16)
+    )
     for seed in range(10):
         rows = {k: torch.from_numpy(v) for k, v in task.sample("train", np.random.default_rng(seed)).items()}
         drawn = episode(marked, rows)
-        seen = [{float(x.flatten()[0]) for p in ("support", "query") for x in drawn[f"{p}_x"][drawn[f"{p}_y"] == c]} for c in range(3)]
+        seen = [
+            {float(x.flatten()[0]) for p in ("support", "query") for x in drawn[f"{p}_x"][drawn[f"{p}_y"] == c]}
+            for c in range(3)
+        ]
         assert [len(s) for s in seen] == [1, 1, 1]
         assert len(set.union(*seen)) == 3
         assert len({int(r) for k in ("support_rows", "query_rows") for r in rows[k].flatten()}) == 3 * task.per_class

@@ -1,4 +1,6 @@
-"""Manifests and cluster YAMLs are what Kubernetes, KubeRay and Ray's launcher take, and keep to our own rules of safety."""
+"""Manifests and cluster YAMLs are what Kubernetes, KubeRay and Ray's launcher take, and keep to our own rules of
+safety.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ RAY_KINDS = ("RayJob", "RayCluster")
 def rendered(overlay: str) -> list[dict[str, Any]]:
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
-    done = subprocess.run(["kubectl", "kustomize", str(DEPLOY / "kubernetes" / "overlays" / overlay)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / "overlays" / overlay)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return [m for m in yaml.safe_load_all(done.stdout) if m]
 
@@ -65,7 +69,13 @@ def test_core_kinds_pass_the_strict_schemas(overlay: str) -> None:
     seen = set()
     for manifest in rendered(overlay):
         seen.add(manifest["kind"])
-        core = list(as_pods(manifest)) if manifest["kind"] in RAY_KINDS else [manifest] if manifest["kind"] != "PodMonitor" else []
+        core = (
+            list(as_pods(manifest))
+            if manifest["kind"] in RAY_KINDS
+            else [manifest]
+            if manifest["kind"] != "PodMonitor"
+            else []
+        )
         for one in core:
             validate.validate(one, KUBERNETES, strict=True)
     assert {"Deployment", "Service", "NetworkPolicy"} < seen
@@ -130,7 +140,8 @@ def test_no_pod_is_root_privileged_unlimited_or_of_a_floating_image(overlay: str
             spec, where = template["spec"], f"{overlay}: {manifest['kind']}.{path}"
             assert spec["securityContext"]["runAsNonRoot"], where
             assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
-            # An autoscaler asks the API server for pods, a scaling experiment for another number of workers; nobody else asks.
+            # An autoscaler asks the API server for pods, a scaling experiment for another number of workers; nobody
+            # else asks.
             asks = manifest["kind"] == "Job" or (".headGroupSpec" in path and overlay == "autoscaling")
             assert spec["automountServiceAccountToken"] is asks, where
             assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), where
@@ -177,13 +188,25 @@ def test_the_scaling_jobs_command_is_one_that_we_take() -> None:
     policies, words = flags.taken(words, "--policy", "")
     _, options, run = flags.configured("scale", words, tools.ScaleOptions, "")
     cluster = next(m for m in rendered("scale") if m["kind"] == "RayCluster")["spec"]["workerGroupSpecs"][0]
-    assert cluster["minReplicas"] <= min(flags.numbers("workers", sizes)) <= max(flags.numbers("workers", sizes)) <= cluster["maxReplicas"]
+    assert (
+        cluster["minReplicas"]
+        <= min(flags.numbers("workers", sizes))
+        <= max(flags.numbers("workers", sizes))
+        <= cluster["maxReplicas"]
+    )
     assert (policies, run.address, options.independent) == ("sync,async", "auto", False)
     role = next(m for m in rendered("scale") if m["kind"] == "Role")
     assert role["rules"] == [
-        {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "resourceNames": ["metafleet"], "verbs": ["get", "patch"]}
+        {
+            "apiGroups": ["ray.io"],
+            "resources": ["rayclusters"],
+            "resourceNames": ["metafleet"],
+            "verbs": ["get", "patch"],
+        }
     ]
-    assert options.resize.split()[2] == next(m for m in rendered("scale") if m["kind"] == "RayCluster")["metadata"]["name"]
+    assert (
+        options.resize.split()[2] == next(m for m in rendered("scale") if m["kind"] == "RayCluster")["metadata"]["name"]
+    )
 
 
 def test_replicas_follow_the_experiment(tmp_path: Path) -> None:
@@ -220,7 +243,9 @@ def test_replicas_follow_the_experiment(tmp_path: Path) -> None:
         server.shutdown()
     assert done.returncode == 0, done.stderr
     path = "/apis/ray.io/v1/namespaces/research/rayclusters/metafleet"
-    assert asked == [(path, "Bearer secret", [{"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 4}])]
+    assert asked == [
+        (path, "Bearer secret", [{"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 4}])
+    ]
     assert Server.looks == 2
 
 
@@ -234,7 +259,9 @@ def test_every_metric_of_the_dashboard_is_exported(tmp_path: Path) -> None:
             tags |= {k: 1.0 for k in json.loads(line) if "/" in k}
     exported = {sample.name for metric in Exporter(tags, COUNTS).collect() for sample in metric.samples}
     board = json.loads((DEPLOY / "kubernetes" / "components" / "prometheus" / "dashboard.json").read_text())
-    wanted = {name for panel in board["panels"] for t in panel["targets"] for name in re.findall(r"metafleet_\w+", t["expr"])}
+    wanted = {
+        name for panel in board["panels"] for t in panel["targets"] for name in re.findall(r"metafleet_\w+", t["expr"])
+    }
     assert len(wanted) > 15
     assert wanted - {"metafleet_validation_"} <= exported, wanted - exported
     assert any(name.startswith("metafleet_validation_") for name in exported)

@@ -57,7 +57,9 @@ def test_workers_without_a_shard_are_found() -> None:
     assert not [f for keys in fine for f in doctor._shards(replace(run, **keys))]
 
 
-def test_the_command_says_it_line_by_line_and_fails_where_something_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_it_line_by_line_and_fails_where_something_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cli.main(["doctor", "sinusoid", "--pool", "local", "--dir", str(tmp_path / "runs")])
     lines = capsys.readouterr().out.splitlines()
     assert all(line.split()[0] in ("ok", "warning") for line in lines)

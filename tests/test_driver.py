@@ -64,7 +64,9 @@ def test_randomness_and_slots_belong_to_the_tasks(tmp_path: Path) -> None:
 def test_arrival_order_failures_and_duplicates_do_not_change_a_bit(tmp_path: Path, outer, learner) -> None:
     recipe = quadratic_recipe(outer=outer, learner=learner)
     calm = run(recipe, tmp_path / "calm")
-    wild = run(recipe, tmp_path / "wild", ScriptedPool(recipe, shuffled(3)), policy=Synchronous(max_attempts=50, quarantine=50))
+    wild = run(
+        recipe, tmp_path / "wild", ScriptedPool(recipe, shuffled(3)), policy=Synchronous(max_attempts=50, quarantine=50)
+    )
     assert digest(calm) == digest(wild)
 
 
@@ -117,7 +119,9 @@ def test_a_shard_that_is_never_finite_is_rejected_and_the_mean_is_over_the_rest(
     meta = run(recipe, tmp_path, pool, iterations=1, policy=Synchronous(max_rejected=0.5))
     grads = [
         recipe.learner.gradient(
-            Meta(start(), {}), recipe.objective, recipe.tensors(recipe.tasks.sample("train", seeds.generator(0, "train", i, "task")))
+            Meta(start(), {}),
+            recipe.objective,
+            recipe.tensors(recipe.tasks.sample("train", seeds.generator(0, "train", i, "task"))),
         )
         for i in (0, 1, 4, 5)
     ]
@@ -129,7 +133,13 @@ def test_a_shard_that_is_never_finite_is_rejected_and_the_mean_is_over_the_rest(
 
 def test_a_rejected_shard_ends_once_in_the_journal(tmp_path: Path) -> None:
     recipe = quadratic_recipe()
-    run(recipe, tmp_path, ScriptedPool(recipe, non_finite(2, "always")), iterations=1, policy=Synchronous(max_rejected=0.5))
+    run(
+        recipe,
+        tmp_path,
+        ScriptedPool(recipe, non_finite(2, "always")),
+        iterations=1,
+        policy=Synchronous(max_rejected=0.5),
+    )
     ended: Counter[int] = Counter()
     for record in journal.read(tmp_path / "journal"):
         ended.update(record.get("tickets", []))
@@ -184,7 +194,9 @@ def test_held_out_tasks_do_not_depend_on_the_runs_seed_nor_on_the_shard(tmp_path
     curves = []
     for name, seed, shard in (("a", 0, 2), ("b", 1, 3)):
         recipe = quadratic_recipe(seed=seed, outer=Descent(optimizer="sgd", lr=0.0))
-        Driver(recipe, start(), LocalPool(recipe), tmp_path / name, iterations=1, meta_batch=6, shard=shard, evaluation=FEW).run()
+        Driver(
+            recipe, start(), LocalPool(recipe), tmp_path / name, iterations=1, meta_batch=6, shard=shard, evaluation=FEW
+        ).run()
         curves.append(json.loads((tmp_path / name / "evaluation.json").read_text())["mean"]["loss"])
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-12)
 
@@ -262,7 +274,12 @@ def test_an_evaluation_cut_off_by_a_stop_is_made_up_for(tmp_path: Path) -> None:
     asked = iter(range(10**6))
     for stop in range(12, 20):  # somewhere in here the evaluation of iteration 4 is under way
         with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / str(stop), iterations=8, interrupted=lambda asked=asked, stop=stop: next(asked) >= stop)
+            run(
+                recipe,
+                tmp_path / str(stop),
+                iterations=8,
+                interrupted=lambda asked=asked, stop=stop: next(asked) >= stop,
+            )
         asked = iter(range(10**6))
         run(recipe, tmp_path / str(stop), iterations=8)
         lines = [json.loads(line) for line in (tmp_path / str(stop) / "metrics.jsonl").read_text().splitlines()]
@@ -274,7 +291,12 @@ def test_a_run_stopped_within_a_validation_goes_on_without_any(tmp_path: Path) -
     for stop in range(12, 20):
         asked = iter(range(10**6))
         with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / str(stop), iterations=8, interrupted=lambda asked=asked, stop=stop: next(asked) >= stop)
+            run(
+                recipe,
+                tmp_path / str(stop),
+                iterations=8,
+                interrupted=lambda asked=asked, stop=stop: next(asked) >= stop,
+            )
         Driver(recipe, start(), LocalPool(recipe), tmp_path / str(stop), iterations=8, meta_batch=6, shard=2,
                evaluation=replace(FEW, validation_tasks=0)).run()  # fmt: skip
         assert Checkpoints(tmp_path / str(stop) / "checkpoints").newest().iteration == 8
@@ -284,7 +306,14 @@ def test_a_run_stopped_within_a_validation_goes_on_without_any(tmp_path: Path) -
 def test_evaluations_may_be_small_or_off(tmp_path: Path, change) -> None:
     recipe = quadratic_recipe(evaluation_steps=change.get("steps", 2))
     Driver(
-        recipe, start(), LocalPool(recipe), tmp_path, iterations=2, meta_batch=2, shard=2, evaluation=replace(FEW, every=1, **change)
+        recipe,
+        start(),
+        LocalPool(recipe),
+        tmp_path,
+        iterations=2,
+        meta_batch=2,
+        shard=2,
+        evaluation=replace(FEW, every=1, **change),
     ).run()
     with pytest.raises(ValueError, match="tasks=0: at least 1 wanted"):
         Evaluation(tasks=0)

@@ -59,7 +59,15 @@ def test_nodes_come_and_go_and_no_bit_changes(tmp_path: Path, cluster: Any) -> N
 
     def driver_of(pool: Any, folder: str, iterations: int) -> Driver:
         return Driver(
-            parts, params, pool, tmp_path / folder, iterations=iterations, meta_batch=16, shard=4, evaluation=FEW, interrupted=look
+            parts,
+            params,
+            pool,
+            tmp_path / folder,
+            iterations=iterations,
+            meta_batch=16,
+            shard=4,
+            evaluation=FEW,
+            interrupted=look,
         )
 
     pool = RayPool(parts, 3)

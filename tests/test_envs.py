@@ -96,7 +96,8 @@ def test_episodes_hold_different_images_and_no_query_is_in_the_support(data_fold
     for split in ("train", "validation", "test"):
         task = tasks.sample(split, rng(0, split))
         found = {
-            part: [by_pixels[(x * 255).round().astype(np.uint8).tobytes()] for x in task[f"{part}_x"]] for part in ("support", "query")
+            part: [by_pixels[(x * 255).round().astype(np.uint8).tobytes()] for x in task[f"{part}_x"]]
+            for part in ("support", "query")
         }
         assert not set(found["support"]) & set(found["query"])
         assert len(set(found["support"])) == 10
@@ -122,7 +123,9 @@ def test_rotations_turn_whole_classes_in_the_splits_asked_for(data_folder: Path)
         found = []
         for i in range(10):
             task = tasks.sample(split, rng(i, split))
-            x = np.concatenate([task["support_x"].reshape(5, 1, 1, 28, 28), task["query_x"].reshape(5, 2, 1, 28, 28)], 1)
+            x = np.concatenate(
+                [task["support_x"].reshape(5, 1, 1, 28, 28), task["query_x"].reshape(5, 2, 1, 28, 28)], 1
+            )
             for images in (x * 255).round().astype(np.uint8):
                 same = {image.tobytes() in known for image in images}
                 assert len(same) == 1  # all images of a class, or none
@@ -230,10 +233,14 @@ def make_folder(root: Path, classes: int = 6, size: int = 20) -> None:
         for c in range(classes):
             (root / split / f"{split}{c}").mkdir(parents=True)
             for i in range(4):
-                Image.fromarray(drawing.integers(0, 255, (size, size, 3), np.uint8)).save(root / split / f"{split}{c}" / f"{i}.png")
+                Image.fromarray(drawing.integers(0, 255, (size, size, 3), np.uint8)).save(
+                    root / split / f"{split}{c}" / f"{i}.png"
+                )
 
 
-def test_a_folder_per_class_and_the_csv_layout_hold_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_per_class_and_the_csv_layout_hold_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("METAFLEET_DATA", str(tmp_path / "data"))
     make_folder(tmp_path / "folders")
     with zipfile.ZipFile(tmp_path / "listed.zip", "w") as z:
@@ -287,7 +294,8 @@ def test_a_folder_is_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.
 def test_generators_depend_on_everything_they_are_for_and_on_nothing_else() -> None:
     drawn = {
         (seed, split, index, purpose): seeds.generator(seed, split, index, purpose).random(4).tobytes()
-        for seed in (0, 1, 2**63) for split in ("train", "test") for index in (0, 1, 10**9) for purpose in ("task", "draw")
+        for seed in (0, 1, 2**63) for split in ("train", "test") for index in (0, 1, 10**9)
+        for purpose in ("task", "draw")
     }  # fmt: skip
     assert len(set(drawn.values())) == len(drawn)
     np.random.seed(3)

@@ -79,7 +79,11 @@ SMALL = {"activation_bytes": 1600, "device": "cpu", "inner_steps": 1, "tasks_per
         ({"calls": 100_000}, "compiled", "compiling costs"),
         ({"calls": 100_000, "compiler": False}, "vmap", "no C\\+\\+ compiler is found"),
         ({"calls": 100_000, "activation_bytes": 250_000}, "loop", "244 KiB of activations"),
-        ({"calls": 100, "activation_bytes": 10**8, "device": "cuda"}, "vmap", "on cuda tasks run together, 1 at a time"),
+        (
+            {"calls": 100, "activation_bytes": 10**8, "device": "cuda"},
+            "vmap",
+            "on cuda tasks run together, 1 at a time",
+        ),
     ],
 )
 def test_the_rule_picks_by_size_device_and_pay_off(changes, mode, why) -> None:

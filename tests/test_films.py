@@ -54,7 +54,8 @@ def test_a_film_strip_and_an_animation_per_task(tmp_path: Path) -> None:
     with Image.open(strip) as image:
         assert image.width > image.height
     with Image.open(first) as animation:
-        assert (animation.n_frames, animation.size) == (2, (3 * rendering.WIDTH, rendering.HEIGHT))  # steps 0, 1 and 3 side by side
+        # steps 0, 1 and 3 side by side
+        assert (animation.n_frames, animation.size) == (2, (3 * rendering.WIDTH, rendering.HEIGHT))
     assert second.exists()
     (tmp_path / "run").mkdir()
     monitor = Monitor(tmp_path / "run", 0, 1)

@@ -19,7 +19,7 @@ from learners.models.functional import functional
 from learners.models.networks import MLP
 from learners.objectives.supervised import Supervised
 from learners.outer.descent import Descent
-from learners.verbs import standard
+from learners.verbs import common_verbs
 from tests.quadratics import Quadratic, QuadraticTasks
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -76,7 +76,7 @@ def test_reptile_with_rate_one_on_one_task_jumps_to_the_adapted_weights(seed: in
 @pytest.mark.parametrize("mode", ["loop", "vmap"])
 def test_order_and_sharding_of_tasks_do_not_change_the_sum(mode: str) -> None:
     tasks = [task(i) for i in range(12)]
-    run = standard(MAML(0.05, 2), Quadratic(), 1)["gradient"].run
+    run = common_verbs(MAML(0.05, 2), Quadratic(), 1)["gradient"].run
     at = pack(*theta(0))
 
     def total(order: list[int], shard: int) -> torch.Tensor:

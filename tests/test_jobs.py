@@ -34,15 +34,21 @@ def submit(
     cluster: hosts.Hosts, environment: dict[str, str], words: list[str], module: str = "cluster.train"
 ) -> subprocess.CompletedProcess[str]:
     excludes = json.dumps({"excludes": [".git", ".venv", "runs", "teachers"]})
-    command = [*hosts.RAY, "job", "submit", "--address", "http://10.93.0.10:8265", "--working-dir", ".", "--runtime-env-json", excludes,
-               "--", sys.executable, "-m", module, *words]  # fmt: skip
-    return subprocess.run(cluster.command(command), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    command = [*hosts.RAY, "job", "submit", "--address", "http://10.93.0.10:8265", "--working-dir", ".",
+               "--runtime-env-json", excludes, "--", sys.executable, "-m", module, *words]  # fmt: skip
+    return subprocess.run(
+        cluster.command(command), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
 
 
-def test_a_job_trains_on_the_cluster_and_the_same_command_finds_it_finished(tmp_path: Path, cluster: hosts.Hosts) -> None:
-    words = ["sinusoid", "--workers", "2", "--iterations", "20", "--evaluation.tasks", "8", "--evaluation.validation-tasks", "0",
-             "--execution", "vmap", "--dir", str(tmp_path / "run")]  # fmt: skip
-    without = {k: v for k, v in cluster.environment.items() if k not in ("RAY_AUTH_TOKEN",)} | {"RAY_AUTH_TOKEN": "0" * 32}
+def test_a_job_trains_on_the_cluster_and_the_same_command_finds_it_finished(
+    tmp_path: Path, cluster: hosts.Hosts
+) -> None:
+    words = ["sinusoid", "--workers", "2", "--iterations", "20", "--evaluation.tasks", "8",
+             "--evaluation.validation-tasks", "0", "--execution", "vmap", "--dir", str(tmp_path / "run")]  # fmt: skip
+    without = {k: v for k, v in cluster.environment.items() if k not in ("RAY_AUTH_TOKEN",)} | {
+        "RAY_AUTH_TOKEN": "0" * 32
+    }
     refused = submit(cluster, without, words)
     assert refused.returncode != 0
     assert "uthenti" in refused.stderr + refused.stdout or "401" in refused.stderr + refused.stdout

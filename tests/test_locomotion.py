@@ -63,7 +63,10 @@ def test_random_parameters_make_another_model_of_each_task() -> None:
         logs = np.log(np.stack([t[name] for t in drawn])) / np.log(base)
         assert -3 <= logs.min() < -2.9
         assert 2.9 < logs.max() <= 3
-    world, before = LocomotionWorld(BODIES["hopper_v5"], GOALS["parameters"]), load(BODIES["hopper_v5"]).body_mass.copy()
+    world, before = (
+        LocomotionWorld(BODIES["hopper_v5"], GOALS["parameters"]),
+        load(BODIES["hopper_v5"]).body_mass.copy(),
+    )
     both = {k: np.stack([drawn[0][k], drawn[1][k]]) for k in RANDOM}
     world.reset(both, [2, 2], [np.random.default_rng(0)] * 2)
     for t in (0, 1):
@@ -78,7 +81,8 @@ def test_places_and_directions_in_the_plane_are_rewarded_by_their_formulas(name:
     goals = {"position": np.array([[1.5, -2.0]]), "direction_2d": np.array([[0.6, -0.8]]), "direction": np.array([1.0])}
     worlds = {kind: LocomotionWorld(body, GOALS[kind]) for kind in goals}
     seen = {kind: w.reset({"goal": goals[kind]}, [2], [np.random.default_rng(5)]) for kind, w in worlds.items()}
-    assert seen["position"].shape[-1] == (107 if name == "ant_v5" else 125)  # who looks for a place must know where it is
+    # who looks for a place must know where it is
+    assert seen["position"].shape[-1] == (107 if name == "ant_v5" else 125)
     for _ in range(10):
         action = rng.uniform(-1, 1, (1, 2, 8))
         data = worlds["position"]._copies[1]
@@ -92,12 +96,16 @@ def test_places_and_directions_in_the_plane_are_rewarded_by_their_formulas(name:
 
 
 def test_the_published_test_tasks() -> None:
-    """18 of 40 cheetahs and 15 of 40 ants forward; standing still costs 40.1 in navigation (reference: the paper's own data)."""
+    """18 of 40 cheetahs and 15 of 40 ants forward; standing still costs 40.1 in navigation (reference: the paper's own
+    data).
+    """
     for body, forward in (("half_cheetah_paper", 18), ("ant_paper", 15)):
         tasks = Locomotion(body=body, test_tasks="paper")
         assert sum(float(tasks.fixed("test", i)["goal"]) > 0 for i in range(40)) == forward
         assert tasks.fixed("validation", 0) is None
-        assert tasks.groups[tasks.group(tasks.fixed("test", 0))] == ("forward" if tasks.fixed("test", 0)["goal"] > 0 else "backward")
+        assert tasks.groups[tasks.group(tasks.fixed("test", 0))] == (
+            "forward" if tasks.fixed("test", 0)["goal"] > 0 else "backward"
+        )
     goals = np.array([Navigation(test_tasks="paper").fixed("test", i)["goal"] for i in range(40)])
     assert 100 * np.linalg.norm(goals, axis=1).mean() == pytest.approx(40.1, abs=0.05)
     np.testing.assert_array_equal(Navigation(test_tasks="paper").fixed("test", 41)["goal"], goals[1])
@@ -119,7 +127,9 @@ def test_the_oracle_sees_the_goal_and_lives_through_the_same_world() -> None:
         return 0.1 * noise
 
     blind, told = (
-        Navigation(rollouts=2, horizon=5, known=known).rollout(tasks, act, [np.random.default_rng(i) for i in (0, 1)], testing=False)
+        Navigation(rollouts=2, horizon=5, known=known).rollout(
+            tasks, act, [np.random.default_rng(i) for i in (0, 1)], testing=False
+        )
         for known in (False, True)
     )
     assert Navigation(known=True).inputs == (4,)
@@ -163,7 +173,9 @@ def test_the_papers_bodies_follow_their_formulas(name: str) -> None:
 @pytest.mark.parametrize("name", ["half_cheetah_v5", "half_cheetah_paper"])
 def test_the_rollout_backend_agrees_with_the_exact_one(name: str) -> None:
     worlds = [kind(BODIES[name], GOALS["velocity"]) for kind in (LocomotionWorld, PlanarWorld)]
-    starts = [w.reset({"goal": np.array([0.5, 1.5])}, [3, 3], [np.random.default_rng(i) for i in (1, 2)]) for w in worlds]
+    starts = [
+        w.reset({"goal": np.array([0.5, 1.5])}, [3, 3], [np.random.default_rng(i) for i in (1, 2)]) for w in worlds
+    ]
     np.testing.assert_allclose(starts[1], starts[0], atol=1e-12)
     rng = np.random.default_rng(3)
     for _ in range(50):
@@ -240,10 +252,17 @@ class Clockwork:
 
 
 def test_rllabs_sampler_counts_the_episodes_that_finish_first() -> None:
-    """Against rllab's own loop, step by step: all copies move, those that end begin anew, until finished ones hold the budget."""
+    """Against rllab's own loop, step by step: all copies move, those that end begin anew, until finished ones hold the
+    budget.
+    """
     copies, horizon = 5, 10
     got = collect_finished(
-        Clockwork(), {"x": np.zeros(3)}, lambda w, o, noise: noise, [np.random.default_rng(i) for i in range(3)], copies, horizon
+        Clockwork(),
+        {"x": np.zeros(3)},
+        lambda w, o, noise: noise,
+        [np.random.default_rng(i) for i in range(3)],
+        copies,
+        horizon,
     )
     for t in range(3):
         rng, lengths = np.random.default_rng(t), []

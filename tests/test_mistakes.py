@@ -34,17 +34,26 @@ def test_a_missing_gpu_is_one_clear_sentence(tmp_path: Path, capsys: pytest.Capt
         (["train", "sinusid"], "RUN='sinusid' is neither a preset nor a .toml file; did you mean sinusoid?"),
         (["train", "sinusoid", "--meta-batch", "7"], "meta_batch=7 is not a multiple of shard=50"),
         (["train", "sinusoid", "--learner.name", "mamal"], "did you mean maml?"),
-        (["train", "miniimagenet-5way-1shot"], "task.source.folder='' does not exist: a folder or a zip of images is wanted"),
+        (
+            ["train", "miniimagenet-5way-1shot"],
+            "task.source.folder='' does not exist: a folder or a zip of images is wanted",
+        ),
         (["train", "glyphs", "--task.ways", "99", "--pool", "local"], "ways=99 exceeds the"),
         (["train", "sinusoid", "--seeds", "0"], "seeds=0: at least 1 wanted"),
-        (["train", "omniglot", "--task.source.folder", "nowhere"], "nowhere holds neither images_background.zip nor its unpacked folder"),
+        (
+            ["train", "omniglot", "--task.source.folder", "nowhere"],
+            "nowhere holds neither images_background.zip nor its unpacked folder",
+        ),
         (["resume", "nowhere"], "nowhere has no run.toml: not a run directory, or one of a run made in Python"),
         (["evaluate", "nowhere"], "nowhere has no run.toml"),
         (["status", "nowhere"], "nowhere has no status.json"),
         (["train", "navigation", "--evaluation.robustness.eps", "0.1"], "RL tasks have none"),
         (["train", "navigation", "--learner.name", "adml"], "ADML wants labelled examples, and RL tasks have none"),
         (["train", "sinusoid", "--learner.name", "adml"], "--learner.attack.low=-inf --learner.attack.high=inf wanted"),
-        (["train", "sinusoid", "--evaluation.robustness.eps", "0.1"], "evaluation.robustness keeps inputs within [0, 1], as pixels are"),
+        (
+            ["train", "sinusoid", "--evaluation.robustness.eps", "0.1"],
+            "evaluation.robustness keeps inputs within [0, 1], as pixels are",
+        ),
         (["teachers", "glyphs", "--dir", "s3://bucket/pool"], "dir=s3://bucket/pool: a folder on this machine wanted"),
         (["compare"], "metafleet compare wants run directories, or one comparison"),
         (["compare", "comparison-glyphs", "--seeds", "0"], "seeds=0: at least 1 wanted"),
@@ -55,7 +64,9 @@ def test_a_missing_gpu_is_one_clear_sentence(tmp_path: Path, capsys: pytest.Capt
         (["export", "nowhere", "x"], "nowhere has no checkpoint yet"),
     ],
 )
-def test_each_mistake_is_one_clear_sentence(words, sentence, capsys, tmp_path: Path, monkeypatch, data_folder: Path) -> None:
+def test_each_mistake_is_one_clear_sentence(
+    words, sentence, capsys, tmp_path: Path, monkeypatch, data_folder: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = refusal(capsys, *words)
     assert sentence in text
@@ -108,14 +119,18 @@ def test_no_permission_is_one_clear_sentence(tmp_path: Path, capsys: pytest.Capt
     assert f"Permission denied: '{locked / 'run'}'" in text
 
 
-def test_a_run_made_in_python_is_not_taken_for_another(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_made_in_python_is_not_taken_for_another(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(finished, tmp_path / "r")
     (tmp_path / "r" / "run.toml").unlink()
     text = refusal(capsys, "train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY)
     assert "holds a run that was made in Python" in text
 
 
-def test_a_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(finished: Path, tmp_path: Path, capsys) -> None:
+def test_a_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
     metafleet("train", "sinusoid", "--dir", str(tmp_path / "d"), *TINY, "--checkpoint.seconds", "0")
     newest = sorted((tmp_path / "d" / "checkpoints").glob("0*.ckpt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-7])
@@ -130,11 +145,26 @@ def test_a_full_disk_stops_the_run_which_resumes_once_there_is_room(tmp_path: Pa
     """A real file system of 400 KiB: checkpoints and metrics fail with a warning, the journal with an end."""
     small, command = tmp_path / "small", [sys.executable, "-m", "cluster.cli"]
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounting a small file system is not permitted here (needs root)")
-    words = ["train", "sinusoid", *SIZE[2:], *HELD_OUT, "--iterations", "400", "--pool", "local", "--checkpoint.seconds", "0.2"]
+    words = [
+        "train",
+        "sinusoid",
+        *SIZE[2:],
+        *HELD_OUT,
+        "--iterations",
+        "400",
+        "--pool",
+        "local",
+        "--checkpoint.seconds",
+        "0.2",
+    ]
     try:
-        full = subprocess.run([*command, *words, "--dir", str(small / "r")], capture_output=True, text=True, timeout=120)
+        full = subprocess.run(
+            [*command, *words, "--dir", str(small / "r")], capture_output=True, text=True, timeout=120
+        )
         assert full.returncode == 1
         assert "error: [Errno 28] cannot write to" in full.stderr
         assert "the run stops and can be resumed" in full.stderr
@@ -144,7 +174,9 @@ def test_a_full_disk_stops_the_run_which_resumes_once_there_is_room(tmp_path: Pa
         assert 0 < stopped.iteration < 400
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
         subprocess.run([*command, "resume", str(small / "r")], check=True, capture_output=True, timeout=120)
-        subprocess.run([*command, *words, "--dir", str(tmp_path / "roomy")], check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            [*command, *words, "--dir", str(tmp_path / "roomy")], check=True, capture_output=True, timeout=120
+        )
         ends = [Checkpoints(d / "checkpoints").newest() for d in (small / "r", tmp_path / "roomy")]
         assert digest(ends[0].meta) == digest(ends[1].meta)
     finally:

@@ -19,8 +19,9 @@ torch.manual_seed(0)
 def net() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6),
-        nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5),
+        nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1),
+        nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(24, 8), nn.BatchNorm1d(8), nn.ReLU(),
+        nn.Linear(8, 5),
     ).double()  # fmt: skip
 
 
@@ -55,7 +56,9 @@ def test_frozen_statistics_are_torchs_evaluation_mode() -> None:
 def test_statistics_of_the_first_rows_and_of_groups() -> None:
     norm, x = BatchNorm(3).double(), torch.randn(12, 3, 2, 2).double()
     known = x[:5]
-    wanted = (x - known.mean((0, 2, 3))[:, None, None]) / (known.var((0, 2, 3), correction=0)[:, None, None] + 1e-5).sqrt()
+    wanted = (x - known.mean((0, 2, 3))[:, None, None]) / (
+        known.var((0, 2, 3), correction=0)[:, None, None] + 1e-5
+    ).sqrt()
     with normalising(Normalising(Statistics("first", reference=5))):
         torch.testing.assert_close(norm(x), wanted)
     wanted = torch.cat([F.batch_norm(part, None, None, training=True) for part in x.split(3)])
@@ -86,7 +89,9 @@ def test_frozen_statistics_follow_the_tasks() -> None:
     torch.testing.assert_close(tracked["1.running_var"], before.var((0, 2, 3), correction=0))
 
 
-@pytest.mark.parametrize(("stride", "padding", "bias", "channels"), [(1, 1, True, 1), (2, 1, False, 3), (2, 0, True, 2)])
+@pytest.mark.parametrize(
+    ("stride", "padding", "bias", "channels"), [(1, 1, True, 1), (2, 1, False, 3), (2, 0, True, 2)]
+)
 def test_patch_convolution_is_convolution(stride, padding, bias, channels) -> None:
     conv = nn.Conv2d(channels, 8, 3, stride, padding, bias=bias).double()
     x = torch.randn(4, channels, 9, 7).double()

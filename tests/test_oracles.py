@@ -33,11 +33,18 @@ TABLE = [
 
 
 def contribution(
-    learner: Learner, data: Data, mode: str, theta: Params = THETA, slots: Params | None = None, names: tuple[str, ...] = ("theta",)
+    learner: Learner,
+    data: Data,
+    mode: str,
+    theta: Params = THETA,
+    slots: Params | None = None,
+    names: tuple[str, ...] = ("theta",),
 ) -> tuple[Params, float]:
     """Summed gradient and mean metric of stacked tasks, as a worker would compute it."""
     execution = Execution(mode, backend="aot_eager")
-    result = execution.run(common_verbs(learner, Quadratic(names), 1)["gradient"].run, pack(theta, slots or {}), {}, data)
+    result = execution.run(
+        common_verbs(learner, Quadratic(names), 1)["gradient"].run, pack(theta, slots or {}), {}, data
+    )
     return unpack(result.total).params, float(next(iter(result.rows.values())).mean())
 
 
@@ -182,7 +189,13 @@ def test_the_multi_step_loss_matches_its_closed_form(mode: str, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("epoch", "early", "final"),
-    [(0, 0.2, 0.2), (1, 0.1866666667, 0.2533333333), (5, 0.1333333333, 0.4666666667), (14, 0.0133333333, 0.9466666667), (20, 0.006, 0.976)],
+    [
+        (0, 0.2, 0.2),
+        (1, 0.1866666667, 0.2533333333),
+        (5, 0.1333333333, 0.4666666667),
+        (14, 0.0133333333, 0.9466666667),
+        (20, 0.006, 0.976),
+    ],
 )
 def test_multi_step_weights_move_to_the_last_step(epoch: int, early: float, final: float) -> None:
     weights = multi_step_weights(5, 15, torch.tensor(float(epoch), dtype=torch.float64))
@@ -287,6 +300,8 @@ def test_a_convolutions_curvature_acts_on_outputs_inputs_and_positions() -> None
     rng = np.random.default_rng(0)
     g, sizes = rng.normal(size=(4, 3, 2, 2)), {"out": 4, "in": 3, "space": 4}
     modes = {mode: rng.normal(size=(n, n)) for mode, n in sizes.items()}
-    wanted = np.einsum("ao,oip,ic,pq->acq", modes["out"], g.reshape(4, 3, 4), modes["in"], modes["space"]).reshape(g.shape)
+    wanted = np.einsum("ao,oip,ic,pq->acq", modes["out"], g.reshape(4, 3, 4), modes["in"], modes["space"]).reshape(
+        g.shape
+    )
     got = precondition(torch.from_numpy(g), {k: torch.from_numpy(m) for k, m in modes.items()})
     np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12, atol=1e-12)

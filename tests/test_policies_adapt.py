@@ -31,7 +31,14 @@ def small(**choices: str) -> Run:
     run = config.load("navigation", {k.replace("_", ".", 1): v for k, v in choices.items()})
     task = replace(run.task, rollouts=3, horizon=15, test_steps=60)
     return replace(
-        run, task=task, model=replace(run.model, hidden=(8,)), meta_batch=4, shard=2, iterations=1, pool="local", execution="loop"
+        run,
+        task=task,
+        model=replace(run.model, hidden=(8,)),
+        meta_batch=4,
+        shard=2,
+        iterations=1,
+        pool="local",
+        execution="loop",
     )
 
 
@@ -57,7 +64,9 @@ def test_each_task_takes_its_steps_from_theta_and_from_its_own_episodes() -> Non
             loss = -(log_p * own["advantages"][k] * own["mask"][k]).sum() / own["mask"][k].sum()
             grads = torch.autograd.grad(loss, list(phi.values()))
             if k < 2:
-                assert float(own["inner_grad_norm"][k]) == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-4)
+                assert float(own["inner_grad_norm"][k]) == pytest.approx(
+                    float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-4
+                )
             old, new = (
                 torch.distributions.Normal(d[:, :2], d[:, 2:].exp())
                 for d in (control.policy(params, own["observations"][k]).detach(), own["old"][k])
@@ -69,7 +78,8 @@ def test_each_task_takes_its_steps_from_theta_and_from_its_own_episodes() -> Non
 
 @pytest.mark.parametrize(
     ("learner", "outer"),
-    [("maml", "trust_region"), ("maml", "promp"), ("maml", "descent"), ("meta_sgd", "trust_region"), ("meta_sgd", "descent"),
+    [("maml", "trust_region"), ("maml", "promp"), ("maml", "descent"), ("meta_sgd", "trust_region"),
+    ("meta_sgd", "descent"),
      ("anil", "trust_region"), ("reptile", "descent"), ("maml_plus_plus", "descent")],
 )  # fmt: skip
 def test_a_run_moves_theta_and_reports_returns(learner: str, outer: str, tmp_path: Path) -> None:
@@ -78,13 +88,16 @@ def test_a_run_moves_theta_and_reports_returns(learner: str, outer: str, tmp_pat
         run = replace(run, learner=MAML(0.5, adapts=("*head*", "log_std")))
     parts, params = assemble.recipe(run)
     evaluation = Evaluation(validation_tasks=0, tasks=4, pictures=0)
-    driver = Driver(parts, params, LocalPool(parts), tmp_path, iterations=1, meta_batch=4, shard=2, evaluation=evaluation)
+    driver = Driver(
+        parts, params, LocalPool(parts), tmp_path, iterations=1, meta_batch=4, shard=2, evaluation=evaluation
+    )
     theta = driver.run()
     assert any(not torch.equal(theta.params[k], v) for k, v in params.items())
     assert all(torch.isfinite(v).all() for v in theta.params.values())
     lines = (tmp_path / "metrics.jsonl").read_text()
-    for logged in ("train/return_step1", "train/adaptation_gain", "train/inner_grad_norm_step0", "train/adaptation_kl_step1",
-                   "perf/physics_s", "perf/policy_s", "perf/adaptation_s", "perf/env_steps_per_s", "test/return_step3"):  # fmt: skip
+    for logged in ("train/return_step1", "train/adaptation_gain", "train/inner_grad_norm_step0",
+                   "train/adaptation_kl_step1", "perf/physics_s", "perf/policy_s", "perf/adaptation_s",
+                   "perf/env_steps_per_s", "test/return_step3"):  # fmt: skip
         assert f'"{logged}"' in lines
     if outer == "trust_region":
         for logged in ("outer/kl", "outer/kl_before", "outer/tries", "outer/solver_residual", "perf/curvature_s"):
@@ -95,7 +108,9 @@ def test_a_run_moves_theta_and_reports_returns(learner: str, outer: str, tmp_pat
 @pytest.mark.parametrize("outer", ["trust_region", "promp"])
 def test_the_guard_checks_policies(learner: str, outer: str) -> None:
     run = small(outer_name=outer, learner_name=learner)
-    verdict = gradient_guard.check(replace(run, control=replace(run.control, inner_loss="likelihood_ratio", exploration=0.3)))
+    verdict = gradient_guard.check(
+        replace(run, control=replace(run.control, inner_loss="likelihood_ratio", exploration=0.3))
+    )
     assert verdict.holds, verdict.sentence
     assert "second order" in verdict.sentence
     assert "mean over tasks" in verdict.sentence
@@ -113,13 +128,17 @@ def test_the_guard_would_find_a_wrong_exploration_term(monkeypatch: pytest.Monke
     run = small()
     run = replace(run, control=replace(run.control, inner_loss="likelihood_ratio", exploration=0.3))
     real = Control.exploration_loss
-    monkeypatch.setattr(Control, "exploration_loss", lambda self, theta, data: real(self, tree.apply(torch.Tensor.detach, theta), data))
+    monkeypatch.setattr(
+        Control, "exploration_loss", lambda self, theta, data: real(self, tree.apply(torch.Tensor.detach, theta), data)
+    )
     assert not gradient_guard.check(run).holds
 
 
 @pytest.mark.parametrize("outer", ["trust_region", "promp"])
 @pytest.mark.parametrize("learner", ["reptile", "maml_plus_plus", "imaml"])
-def test_outer_steps_about_the_adapted_loss_refuse_learners_that_descend_something_else(learner: str, outer: str) -> None:
+def test_outer_steps_about_the_adapted_loss_refuse_learners_that_descend_something_else(
+    learner: str, outer: str
+) -> None:
     parts, _ = assemble.recipe(small(outer_name=outer, learner_name=learner))
     with pytest.raises(ValueError, match="wants --outer.name descent"):
         parts.verbs(parts.objective)
@@ -153,7 +172,10 @@ def test_promps_gradient_is_that_of_its_formula(steps: int) -> None:
         for t in range(N):
             if data["mask"][-1][t]:
                 log_p = pg.log_prob(control.policy(phis[-1], data["observations"][-1]), data["actions"][-1])[t]
-                ratio, advantage = float(torch.exp(log_p - data["old_log_p"][-1][t]).detach()), float(data["advantages"][-1][t])
+                ratio, advantage = (
+                    float(torch.exp(log_p - data["old_log_p"][-1][t]).detach()),
+                    float(data["advantages"][-1][t]),
+                )
                 total -= min(ratio * advantage, float(np.clip(ratio, 0.9, 1.1)) * advantage) / 10
         for k in range(steps):
             new = control.policy(phis[k], data["observations"][k]).detach()
@@ -177,7 +199,10 @@ def test_promp_takes_one_adam_step_per_epoch_on_the_same_episodes() -> None:
     control, theta = policy("likelihood_ratio")
     learner, outer = MAML(0.3, 1), ProMP(lr=0.01, epochs=3)
     data = {k: v.unsqueeze(0) for k, v in recorded(control, theta, learner).items()}
-    run = {"gradient": common_verbs(learner, control, 1)["gradient"].run, "proximal": outer.verbs(learner, control)["proximal"].run}
+    run = {
+        "gradient": common_verbs(learner, control, 1)["gradient"].run,
+        "proximal": outer.verbs(learner, control)["proximal"].run,
+    }
     asked = []
 
     def reduce(verb: str, operand):
@@ -189,6 +214,10 @@ def test_promp_takes_one_adam_step_per_epoch_on_the_same_episodes() -> None:
     params, state = theta, Adam().init(theta)
     for epoch in range(3):
         share = run["proximal"](pack(theta, {}), params, {k: v[0] for k, v in data.items()})
-        grads = share.total if epoch else learner.gradient(Meta(theta, {}), control, {k: v[0] for k, v in data.items()}).grads
+        grads = (
+            share.total
+            if epoch
+            else learner.gradient(Meta(theta, {}), control, {k: v[0] for k, v in data.items()}).grads
+        )
         params, state = Adam().update(params, grads, state, 0.01)
     torch.testing.assert_close(stepped.params, params, rtol=1e-9, atol=1e-12)

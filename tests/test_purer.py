@@ -29,7 +29,8 @@ from tests.quadratics import ALPHA, T1, THETA, Quadratic
 SMALL = Conv4(width=4, halving="pool", features="flat", norm_scale=True)
 
 
-# --- oracles ------------------------------------------------------------------------------------------------------------
+# --- oracles
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_total_variation_of_a_checkerboard_and_of_a_constant() -> None:
@@ -48,7 +49,8 @@ def test_total_variation_looks_along_both_axes_and_both_diagonals() -> None:
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
         pairs = [
             (x[n, c, i + down, j + right] - x[n, c, i, j]).item() ** 2
-            for n in range(2) for c in range(3) for i in range(4 - down) for j in range(max(0, -right), 5 - max(0, right))
+            for n in range(2) for c in range(3) for i in range(4 - down)
+            for j in range(max(0, -right), 5 - max(0, right))
         ]  # fmt: skip
         wanted += math.sqrt(sum(pairs))
     assert total_variation(x).item() == pytest.approx(wanted, rel=1e-12)
@@ -58,8 +60,12 @@ def test_feature_distance_of_a_constant_input() -> None:
     channels, c = 5, 0.3
     module = nn.Sequential(BatchNorm(channels), nn.Flatten(), nn.Linear(channels * 4, 2)).double()
     model = functional(module)
-    _, seen = model.inspect(model.params() | model.running(), torch.full((7, channels, 2, 2), c, dtype=torch.float64), FROZEN)
-    assert feature_distance(seen, model.running()).item() == pytest.approx(math.sqrt(channels) * (1 + abs(c)), abs=1e-12)
+    _, seen = model.inspect(
+        model.params() | model.running(), torch.full((7, channels, 2, 2), c, dtype=torch.float64), FROZEN
+    )
+    assert feature_distance(seen, model.running()).item() == pytest.approx(
+        math.sqrt(channels) * (1 + abs(c)), abs=1e-12
+    )
 
 
 def test_rolling_is_torchs_roll() -> None:
@@ -78,7 +84,9 @@ def test_the_inversion_gradient_of_a_linear_softmax_teacher() -> None:
         (Teacher(model, model.params(), 3), 1.0, 0.0),
         (Teacher(model, model.params(), 3, (2.0,), (0.5,)), 2.0, 0.5),
     ):
-        got = differentiate(lambda p, t=teacher: only_ce.loss(t, p["x"], y, still)[0], {"x": x}, False)[0]["x"].flatten(1)
+        got = differentiate(lambda p, t=teacher: only_ce.loss(t, p["x"], y, still)[0], {"x": x}, False)[0]["x"].flatten(
+            1
+        )
         p = torch.softmax(model(model.params(), scale * x + offset), 1)
         wanted = scale * (p - F.one_hot(y, 3)) @ model.params()["1.weight"] / 4
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
@@ -122,7 +130,9 @@ def test_the_contrastive_loss_of_one_positive_and_four_orthogonal_negatives(temp
 
 
 @pytest.mark.parametrize(("steps", "wanted"), [(1, (0.75, 0.0)), (2, (0.9225, -0.2875))])
-def test_the_adversarial_gradient_through_the_inner_loop_of_a_quadratic_task(steps: int, wanted: tuple[float, float]) -> None:
+def test_the_adversarial_gradient_through_the_inner_loop_of_a_quadratic_task(
+    steps: int, wanted: tuple[float, float]
+) -> None:
     """The support "image" is the vector a: ∂L_Q/∂a = (I − Mᴷ) B (φ_K − b); and −B (φ − b) for the query's b."""
 
     def outer(images):
@@ -136,7 +146,9 @@ def test_the_adversarial_gradient_through_the_inner_loop_of_a_quadratic_task(ste
 
 
 @pytest.mark.parametrize(("steps", "order"), [(1, 2), (2, 2), (2, 1)])
-def test_the_adversarial_gradient_through_a_network_against_finite_differences(steps: int, order: Literal[2, 1]) -> None:
+def test_the_adversarial_gradient_through_a_network_against_finite_differences(
+    steps: int, order: Literal[2, 1]
+) -> None:
     torch.manual_seed(0)
     model = functional(Conv4(width=3, halving="pool", features="flat", norm_scale=True).build((1, 16, 16), 2).double())
     objective = DataFree(model, "cross_entropy", per_class=3, shape=(1, 16, 16))
@@ -145,7 +157,9 @@ def test_the_adversarial_gradient_through_a_network_against_finite_differences(s
     data = {"support_rows": torch.tensor([[0], [3]]), "query_rows": torch.tensor([[2, 1], [5, 4]])}
     theta = pack(model.params(), {})
     share = verb.run(theta, {"images": images}, data)
-    gradient = torch.zeros(6, 1, 16, 16, dtype=torch.float64).index_add_(0, share.row["carry/which"], share.row["carry/gradient"])
+    gradient = torch.zeros(6, 1, 16, 16, dtype=torch.float64).index_add_(
+        0, share.row["carry/which"], share.row["carry/gradient"]
+    )
 
     def outer(d: torch.Tensor) -> float:
         task = episode(d, data)
@@ -204,7 +218,10 @@ def test_calibration_fits_the_function_that_is_judged() -> None:
     calibrate = Calibration(inversion_steps=2, steps=0)
     images = calibrate._inverted(objective, slots | params, data["noise"], torch.arange(3).repeat_interleave(5))
     moved = {k: v.detach().requires_grad_() for k, v in params.items()}
-    both_x, both_y = torch.cat([data["support_x"], images]), torch.cat([torch.arange(3), torch.arange(3).repeat_interleave(5)])
+    both_x, both_y = (
+        torch.cat([data["support_x"], images]),
+        torch.cat([torch.arange(3), torch.arange(3).repeat_interleave(5)]),
+    )
     F.cross_entropy(model(slots | moved, both_x, FROZEN), both_y).backward()
     after = replace(calibrate, steps=1)(objective, slots, params, data, 0.1)
     assert list(after) == list(params)
@@ -255,9 +272,12 @@ def test_teachers_are_taught_as_torchs_optimisers_and_schedule_would(residual: b
     plan = Schooling(epochs=6, batch=8, clip_norm=1.5)
     x, y = torch.randn(20, 1, 6, 6, dtype=torch.float64), torch.randint(0, 3, (20,))
     order = torch.stack([torch.randperm(20) for _ in range(plan.epochs)])
-    taught, share = plan.train(functional(network), residual, {"x": x, "y": y, "order": order, "held_x": x, "held_y": y})
+    taught, share = plan.train(
+        functional(network), residual, {"x": x, "y": y, "order": order, "held_x": x, "held_y": y}
+    )
 
-    variance = torch.ones(4, dtype=torch.float64)  # torch's own running variance is unbiased, ours as inversion measures it
+    # torch's own running variance is unbiased, ours as inversion measures it
+    variance = torch.ones(4, dtype=torch.float64)
 
     def note(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if network.training:
@@ -277,7 +297,8 @@ def test_teachers_are_taught_as_torchs_optimisers_and_schedule_would(residual: b
         schedule.step()
     assert 0 < clipped < 18
     for name, value in network.named_parameters():
-        torch.testing.assert_close(taught[name], value.detach(), rtol=1e-4, atol=1e-6)  # torch clips to limit/(norm + 1e-6)
+        # torch clips to limit/(norm + 1e-6)
+        torch.testing.assert_close(taught[name], value.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(taught["1.running_mean"], network[1].running_mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(taught["1.running_var"], variance, rtol=1e-4, atol=1e-6)
     network.eval()

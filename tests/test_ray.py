@@ -68,7 +68,18 @@ def train(parts, params, pool, directory: Path, hook: Callable[[Driver], None] =
         hook(holder[0])
         return False
 
-    driver = Driver(parts, params, pool, directory, iterations=30, meta_batch=16, shard=4, evaluation=FEW, interrupted=look, **options)
+    driver = Driver(
+        parts,
+        params,
+        pool,
+        directory,
+        iterations=30,
+        meta_batch=16,
+        shard=4,
+        evaluation=FEW,
+        interrupted=look,
+        **options,
+    )
     holder.append(driver)
     try:
         return driver.run()
@@ -128,7 +139,9 @@ class SickPool(RayPool):
     actor = Sick
 
 
-def test_a_newcomer_that_cannot_start_costs_the_run_nothing(tmp_path: Path, reference: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_newcomer_that_cannot_start_costs_the_run_nothing(
+    tmp_path: Path, reference: str, caplog: pytest.LogCaptureFixture
+) -> None:
     parts, params = assemble.recipe(sinusoid(tmp_path))
     _, kill = striking(tmp_path, signal.SIGKILL)
     assert digest(train(parts, params, SickPool(parts, 2, least=2), tmp_path, kill)) == reference
@@ -155,7 +168,9 @@ def navigation() -> Run:
 
 
 def train_control(pool_of: Callable, directory: Path, hook: Callable[[Driver], None] = lambda d: None) -> str:
-    """Three iterations of TRPO on navigation: gradient, curvature products, line search, on the same recorded episodes."""
+    """Three iterations of TRPO on navigation: gradient, curvature products, line search, on the same recorded
+    episodes.
+    """
     run, holder = navigation(), []
     parts, params = assemble.recipe(run)
     pool = pool_of(parts)
@@ -244,9 +259,12 @@ def test_several_rounds_with_operands_give_the_same_bits_on_ray(tmp_path: Path) 
 
 
 def test_a_killed_driver_resumes_on_another_number_of_workers(tmp_path: Path) -> None:
-    few = "--iterations 120 --meta-batch 16 --shard 4 --evaluation.pictures 0 --evaluation.tasks 8 --evaluation.validation-tasks 8"
+    few = "--iterations 120 --meta-batch 16 --shard 4 --evaluation.pictures 0 "
+    few += "--evaluation.tasks 8 --evaluation.validation-tasks 8"
     whole = [sys.executable, "-m", "cluster.cli", "train", "sinusoid", *few.split(), "--checkpoint.seconds", "0"]
-    subprocess.run([*whole, "--pool", "local", "--dir", str(tmp_path / "whole")], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [*whole, "--pool", "local", "--dir", str(tmp_path / "whole")], check=True, capture_output=True, timeout=120
+    )
     directory = tmp_path / "killed"
     with subprocess.Popen(
         [*whole, "--workers", "1", "--dir", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -262,7 +280,10 @@ def test_a_killed_driver_resumes_on_another_number_of_workers(tmp_path: Path) ->
     stopped = Checkpoints(directory / "checkpoints").newest().iteration
     assert 20 <= stopped < 120
     subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "resume", str(directory), "--workers", "3"], check=True, capture_output=True, timeout=120
+        [sys.executable, "-m", "cluster.cli", "resume", str(directory), "--workers", "3"],
+        check=True,
+        capture_output=True,
+        timeout=120,
     )
     ends = [Checkpoints(tmp_path / name / "checkpoints").newest() for name in ("whole", "killed")]
     assert ends[1].attempt == 2
@@ -288,7 +309,9 @@ def test_a_node_without_the_data_gets_it_from_the_driver(tmp_path: Path, monkeyp
         pool.close()
     for file in tasks.files():
         assert (theirs / file).read_bytes() == (store.data_folder() / file).read_bytes()
-    local = Driver(parts, params, LocalPool(parts), tmp_path / "local", iterations=2, meta_batch=4, shard=2, evaluation=FEW)
+    local = Driver(
+        parts, params, LocalPool(parts), tmp_path / "local", iterations=2, meta_batch=4, shard=2, evaluation=FEW
+    )
     assert digest(local.run()) == remote
 
 
@@ -296,14 +319,18 @@ def test_a_worker_whose_code_raises_says_what(tmp_path: Path) -> None:
     recipe = quadratic_recipe(outer=Descent(), learner=Noisy())
     pool = RayPool(recipe, 1)
     try:
-        driver = Driver(recipe, {"wrong": torch.zeros(3)}, pool, tmp_path, iterations=1, meta_batch=2, shard=2, evaluation=FEW)
+        driver = Driver(
+            recipe, {"wrong": torch.zeros(3)}, pool, tmp_path, iterations=1, meta_batch=2, shard=2, evaluation=FEW
+        )
         with pytest.raises(RuntimeError, match=r"failed 5 times.*KeyError: 'theta'"):
             driver.run()
     finally:
         pool.close()
 
 
-def test_losing_every_worker_late_in_a_run_only_costs_time(tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losing_every_worker_late_in_a_run_only_costs_time(
+    tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from cluster.fleet import ray_pool
 
     monkeypatch.setattr(ray_pool, "START_SECONDS", 15.0)  # shorter than the run, longer than a start
@@ -342,7 +369,9 @@ def test_a_shard_that_fails_on_one_worker_is_given_to_another(tmp_path: Path) ->
         recipe = quadratic_recipe(learner=learner)
         pool = LocalPool(recipe) if local else RayPool(recipe, 2)
         try:
-            driver = Driver(recipe, start(), pool, tmp_path / str(local), iterations=3, meta_batch=8, shard=2, evaluation=FEW)
+            driver = Driver(
+                recipe, start(), pool, tmp_path / str(local), iterations=3, meta_batch=8, shard=2, evaluation=FEW
+            )
             bits.append(digest(driver.run()))
         finally:
             pool.close()
@@ -351,8 +380,9 @@ def test_a_shard_that_fails_on_one_worker_is_given_to_another(tmp_path: Path) ->
 
 def test_a_dead_address_is_one_clear_sentence(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "train", "sinusoid", "--address", "127.0.0.1:1", "--dir", str(tmp_path / "x")],
-        capture_output=True, text=True, timeout=60, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        [sys.executable, "-m", "cluster.cli", "train", "sinusoid", "--address", "127.0.0.1:1", "--dir",
+        str(tmp_path / "x")], capture_output=True, text=True, timeout=60,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
     )  # fmt: skip
     assert result.returncode == 1
     assert "no Ray cluster answers at address='127.0.0.1:1'" in result.stderr

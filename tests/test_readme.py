@@ -16,7 +16,9 @@ EXAMPLES = dict(re.findall(r"<!-- test: (\S+) -->\n```python\n(.*?)```", README,
 
 def run(program: str, folder: Path) -> str:
     (folder / "program.py").write_text(program)
-    result = subprocess.run([sys.executable, "program.py"], cwd=folder, capture_output=True, text=True, timeout=170, env=os.environ)
+    result = subprocess.run(
+        [sys.executable, "program.py"], cwd=folder, capture_output=True, text=True, timeout=170, env=os.environ
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -50,7 +52,9 @@ def test_a_gymnasium_environment_becomes_tasks(tmp_path: Path) -> None:
 def test_ones_own_model_and_tasks_learn_on_ray_to_the_same_numbers(tmp_path: Path) -> None:
     shorter = EXAMPLES["own.py"].replace("iterations=200", "iterations=20")
     on_ray = shorter.replace("from cluster.fleet.pool import LocalPool", "from cluster.fleet.ray_pool import RayPool")
-    on_ray = on_ray.replace("LocalPool(recipe) ", "RayPool(recipe, workers=2) ").replace("runs/parabolas", "runs/on-ray")
+    on_ray = on_ray.replace("LocalPool(recipe) ", "RayPool(recipe, workers=2) ").replace(
+        "runs/parabolas", "runs/on-ray"
+    )
     for name, program in (("local", shorter), ("ray", on_ray)):
         seeded = program.replace("from torch import nn", "import torch\nfrom torch import nn\ntorch.manual_seed(0)")
         assert ("pool = RayPool(" in seeded) == (name == "ray")

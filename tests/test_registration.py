@@ -28,7 +28,13 @@ from learners.outer.descent import Descent  # noqa: E402
 def test_single_environments_pass_gymnasiums_checks(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for harmless in (".*maximum value.*", ".*minimum value.*", ".*normalized.*", ".*symmetric.*", ".*settotalmass.*"):
+        for harmless in (
+            ".*maximum value.*",
+            ".*minimum value.*",
+            ".*normalized.*",
+            ".*symmetric.*",
+            ".*settotalmass.*",
+        ):
             warnings.filterwarnings("ignore", harmless)
         check_env(gymnasium.make(name).unwrapped)
 

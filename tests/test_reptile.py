@@ -10,16 +10,19 @@ from learners.algorithms.reptile import Reptile
 from learners.base import Meta, pack, unpack
 from learners.engine.execution import Execution
 from learners.outer.descent import Descent
-from learners.verbs import standard
+from learners.verbs import common_verbs
 from tests.quadratics import ALPHA, T1, T2, THETA, Quadratic, QuadraticTasks, stack
 
 
 @pytest.mark.parametrize("mode", ["loop", "vmap"])
 def test_carried_moments_with_one_task_at_a_time_are_the_serial_algorithm(mode: str) -> None:
-    tasks = [{k: torch.from_numpy(v) for k, v in QuadraticTasks(2).sample("train", np.random.default_rng(i)).items()} for i in range(6)]
+    tasks = [
+        {k: torch.from_numpy(v) for k, v in QuadraticTasks(2).sample("train", np.random.default_rng(i)).items()}
+        for i in range(6)
+    ]
     learner, outer = Reptile(0.05, 3, batch=0, moments="carry"), Descent(optimizer="sgd", lr=0.5)
     meta = learner.init(THETA, np.random.default_rng(0))
-    state, run = outer.init(meta), standard(learner, Quadratic(), 1)["gradient"].run
+    state, run = outer.init(meta), common_verbs(learner, Quadratic(), 1)["gradient"].run
     for task in tasks:
         mean = Execution(mode).run(run, pack(*meta), {}, stack(task)).total
         meta, state, _ = outer.apply(meta, state, mean, 1.0)
@@ -42,7 +45,9 @@ def test_moments_of_a_meta_batch_are_the_mean_of_the_tasks() -> None:
     learner = Reptile(0.05, 2, batch=0, moments="carry")
     meta = learner.init(THETA, np.random.default_rng(0))
     both, one, other = (
-        unpack(Execution("loop").run(standard(learner, Quadratic(), 1)["gradient"].run, pack(*meta), {}, tasks).total).slots
+        unpack(
+            Execution("loop").run(common_verbs(learner, Quadratic(), 1)["gradient"].run, pack(*meta), {}, tasks).total
+        ).slots
         for tasks in (stack(T1, T2), stack(T1), stack(T2))
     )
     torch.testing.assert_close(both["moments/v/theta"], one["moments/v/theta"] + other["moments/v/theta"])

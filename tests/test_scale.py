@@ -40,7 +40,8 @@ def lines(step: float, workers: int, compute: float, busiest: float, count: int 
 
 
 def test_shares_of_the_workers_time_add_up_and_the_warmup_does_not_count() -> None:
-    # Two workers, 1.0 s an iteration: 1.2 s of computing, of which the busier one has 0.8; so 2 · 0.8 − 1.2 waiting, 2 − 1.6 the rest.
+    # Two workers, 1.0 s an iteration: 1.2 s of computing, of which the busier one has 0.8; so 2 · 0.8 − 1.2 waiting, 2
+    # − 1.6 the rest.
     found = measure(lines(1.0, 2, 1.2, 0.8), 6, 2)
     assert found.seconds == pytest.approx(10.0)
     assert found.tasks_per_s == pytest.approx(6.0)
@@ -56,14 +57,18 @@ def test_lines_that_stand_for_several_iterations_count_as_many() -> None:
 
 
 def test_a_step_without_rounds_has_no_waiting() -> None:
-    assert idle(4, {"perf/iteration_s": 1.0, "perf/compute_s": 3.0}) == {"perf/waiting_s": 0.0, "perf/communication_s": 1.0}
+    assert idle(4, {"perf/iteration_s": 1.0, "perf/compute_s": 3.0}) == {
+        "perf/waiting_s": 0.0,
+        "perf/communication_s": 1.0,
+    }
     one_of_two_lost = {"perf/iteration_s": 2.5, "perf/compute_s": 1.5, "perf/busiest_s": 1.0}
     assert idle(1, one_of_two_lost) == {"perf/waiting_s": 0.0, "perf/communication_s": 1.0}
 
 
 def test_processes_beside_each_other_are_measured_while_all_of_them_work() -> None:
     slow = [{"iteration": i, "time": 10.0 + i} for i in range(5)]  # 1 per second, from 10 to 14
-    fast = [{"iteration": i, "time": 9.0 + 0.25 * i if i < 20 else 14.0 + i - 20} for i in range(30)]  # 4 per second; 1 once it is alone
+    # 4 per second; 1 once it is alone
+    fast = [{"iteration": i, "time": 9.0 + 0.25 * i if i < 20 else 14.0 + i - 20} for i in range(30)]
     assert together([slow, fast]) == pytest.approx(1 + 4, rel=0.05)
 
 
@@ -109,12 +114,15 @@ def test_weak_scaling_grows_the_meta_batch_and_a_policy_keeps_its_settings() -> 
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (["--workers", "1,x"], "workers='1,x': numbers like 1,2,4 wanted"), (["--workers", "2,2"], "different numbers"),
-    (["--workers", "1,8"], "keeps no more than 2 workers busy, 8 are wanted: --shard 6"), (["--resize", "true"], "with {workers} in it"),
-    (["--workers", "0"], "numbers of 1 or more"), (["--policy", "often"], "sync or async"), (["--measure", "4"], "a warm-up of 1 to half"),
-    (["--iterations", "9"], "iterations=9: not a key of an experiment, where --measure says how many"),
+    (["--workers", "1,8"], "keeps no more than 2 workers busy, 8 are wanted: --shard 6"),
+    (["--resize", "true"], "with {workers} in it"), (["--workers", "0"], "numbers of 1 or more"),
+    (["--policy", "often"], "sync or async"), (["--measure", "4"], "a warm-up of 1 to half"), (["--iterations", "9"],
+    "iterations=9: not a key of an experiment, where --measure says how many"),
     (["--min_workers=2"], "min-workers=2: not a key of an experiment, where all --workers take part"),
 ])  # fmt: skip
-def test_what_makes_no_sense_is_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_makes_no_sense_is_one_sentence(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(["scale", "sinusoid", *words])
     assert sentence in " ".join(capsys.readouterr().err.split())
@@ -137,12 +145,18 @@ def test_flags_that_mean_something_else_are_taken_out() -> None:
 def test_an_experiment_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")
     (tmp_path / "seen").write_text("")
-    main(["scale", "sinusoid", "--workers", "1,2", "--policy", "sync,async", "--measure", "12", "--warmup", "2", "--execution", "vmap",
-          "--meta-batch", "4", "--shard", "1", "--straggler", "3", "--dir", str(tmp_path / "scale"), "--resize",
-          f"sh -c 'echo {{workers}} >> {tmp_path}/seen'", "--no-independent"])  # fmt: skip
+    main(["scale", "sinusoid", "--workers", "1,2", "--policy", "sync,async", "--measure", "12", "--warmup", "2",
+          "--execution", "vmap", "--meta-batch", "4", "--shard", "1", "--straggler", "3", "--dir",
+          str(tmp_path / "scale"), "--resize", f"sh -c 'echo {{workers}} >> {tmp_path}/seen'",
+          "--no-independent"])  # fmt: skip
     with open(tmp_path / "scale" / "scale.csv") as f:
         table = list(csv.DictReader(f))
-    assert [(r["policy"], r["workers"]) for r in table] == [("sync", "1"), ("sync", "2"), ("async", "1"), ("async", "2")]
+    assert [(r["policy"], r["workers"]) for r in table] == [
+        ("sync", "1"),
+        ("sync", "2"),
+        ("async", "1"),
+        ("async", "2"),
+    ]
     assert (tmp_path / "seen").read_text().split() == ["1", "2", "1", "2"]
     for row in table:
         assert float(row["compute"]) + float(row["waiting"]) + float(row["communication"]) == pytest.approx(1.0)

@@ -13,7 +13,7 @@ from learners.engine.execution import Execution
 from learners.models.functional import Functional, functional
 from learners.models.normalisation import BatchNorm
 from learners.objectives.supervised import Supervised
-from learners.verbs import standard
+from learners.verbs import common_verbs
 
 NORMS = ("transductive", "support_plus_one", "support_statistics", "frozen")
 
@@ -62,7 +62,7 @@ def test_the_meta_gradient_is_the_derivative_of_the_adapted_query_loss(norm: str
     direction = {k: torch.randn_like(v) for k, v in theta.items()}
     wanted = directional(adapted, theta, direction)
     stacked = {k: v.unsqueeze(0) for k, v in data.items()}
-    run = standard(learner, objective, 1)["gradient"].run
+    run = common_verbs(learner, objective, 1)["gradient"].run
     seen = {}
     for mode in ("loop", "vmap", "compiled") if steps == 2 else ("loop", "vmap"):
         result = Execution(mode, backend="aot_eager").run(run, pack(theta, slots), {}, stacked)
@@ -76,7 +76,9 @@ def test_the_meta_gradient_is_the_derivative_of_the_adapted_query_loss(norm: str
 
 
 def test_torchs_own_normalisation_is_wrong_where_ours_is_right() -> None:
-    """MAML with the outer derivative outside of vmap: a nesting in which torch's native normalisation fails silently."""
+    """MAML with the outer derivative outside of vmap: a nesting in which torch's native normalisation fails
+    silently.
+    """
     torch.manual_seed(6)
     x, q, t = torch.randn(4, 6, 3).double(), torch.randn(4, 6, 3).double(), torch.randn(4, 6, 2).double()
     theta = {

@@ -1,4 +1,6 @@
-"""Run directories in object stores: the promises of a disk, kept by a real S3 server (moto), by fsspec's memory, and by a disk."""
+"""Run directories in object stores: the promises of a disk, kept by a real S3 server (moto), by fsspec's memory, and by
+a disk.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ def test_a_journal_in_segments_reads_like_a_file(store: Place, tmp_path: Path, m
             written.sync()
             written.close()
     assert list(journal.read(store / "journal")) == list(journal.read(tmp_path / "journal"))
-    assert journal.unfinished(store / "journal") == journal.unfinished(tmp_path / "journal") == ([35, 36, 37, 38, 39], 40)
+    assert (
+        journal.unfinished(store / "journal") == journal.unfinished(tmp_path / "journal") == ([35, 36, 37, 38, 39], 40)
+    )
     assert len(storage.children(store / "journal")) > 10
 
 
@@ -249,7 +253,16 @@ def test_a_killed_run_in_a_store_resumes_to_the_bits_of_one_on_disk(store: Place
 
     with pytest.raises(Killed):
         run(recipe, store, Dies(recipe), iterations=8, checkpoint=Checkpointing(seconds=0.0))
-    finished = Driver(recipe, start(), LocalPool(recipe), store, iterations=8, meta_batch=6, shard=2, evaluation=replace(FEW, pictures=1))
+    finished = Driver(
+        recipe,
+        start(),
+        LocalPool(recipe),
+        store,
+        iterations=8,
+        meta_batch=6,
+        shard=2,
+        evaluation=replace(FEW, pictures=1),
+    )
     assert digest(finished.run()) == digest(whole)
     records = list(journal.read(store / "journal"))
     assert len([r for r in records if r["kind"] == "attempt"]) == 2
@@ -257,7 +270,8 @@ def test_a_killed_run_in_a_store_resumes_to_the_bits_of_one_on_disk(store: Place
     assert [line["iteration"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
     assert json.loads((store / "status.json").read_text())["state"] == "finished"
     assert (
-        json.loads((store / "evaluation.json").read_text())["mean"] == json.loads((tmp_path / "whole/evaluation.json").read_text())["mean"]
+        json.loads((store / "evaluation.json").read_text())["mean"]
+        == json.loads((tmp_path / "whole/evaluation.json").read_text())["mean"]
     )
     events = [p for p in storage.children(store / "tensorboard") if "tfevents" in p.name]
     assert len(events) >= 2

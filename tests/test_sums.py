@@ -54,19 +54,33 @@ class Far:
         return self.vector
 
 
-def train(recipe: Recipe, directory: Path, fetches: Fetches | None = None, policy: Policy | None = None) -> tuple[Meta, Driver]:
+def train(
+    recipe: Recipe, directory: Path, fetches: Fetches | None = None, policy: Policy | None = None
+) -> tuple[Meta, Driver]:
     def far(answer: Contribution) -> list[Event]:
         assert isinstance(answer.vector, np.ndarray)
         return [replace(answer, vector=Far(answer.vector, fetches))] if fetches and answer.vector.size else [answer]
 
     options = {"policy": policy} if policy else {}
-    driver = Driver(recipe, start(), ScriptedPool(recipe, far), directory, iterations=6, meta_batch=10, shard=2, evaluation=FEW, **options)
+    driver = Driver(
+        recipe,
+        start(),
+        ScriptedPool(recipe, far),
+        directory,
+        iterations=6,
+        meta_batch=10,
+        shard=2,
+        evaluation=FEW,
+        **options,
+    )
     return driver.run(), driver
 
 
 @pytest.mark.parametrize("lost", [0, 1, 3])
 @pytest.mark.parametrize("outer", [quadratic_recipe().outer, Newton()])
-def test_sums_formed_elsewhere_have_the_same_bits_and_one_vector_a_round_travels(tmp_path: Path, outer, lost: int) -> None:
+def test_sums_formed_elsewhere_have_the_same_bits_and_one_vector_a_round_travels(
+    tmp_path: Path, outer, lost: int
+) -> None:
     recipe = quadratic_recipe(outer=outer)
     wanted, _ = train(recipe, tmp_path / "here")
     fetches = Fetches(lost)
@@ -105,7 +119,9 @@ def test_compressed_contributions_are_half_as_long_and_change_the_run_a_little(t
     thetas = {}
     for compression in ("none", "bfloat16"):
         parts, params = assemble.recipe(replace(run, compression=compression))
-        driver = Driver(parts, params, LocalPool(parts), tmp_path / compression, iterations=5, meta_batch=8, shard=4, evaluation=FEW)
+        driver = Driver(
+            parts, params, LocalPool(parts), tmp_path / compression, iterations=5, meta_batch=8, shard=4, evaluation=FEW
+        )
         thetas[compression] = driver.run().params
     first = {k: v - params[k] for k, v in thetas["none"].items()}
     distance = sum(float((thetas["none"][k] - v).square().sum()) for k, v in thetas["bfloat16"].items())
@@ -127,7 +143,8 @@ def test_a_ray_fleet_that_adds_by_itself_gives_the_drivers_bits(tmp_path: Path) 
     pytest.importorskip("ray")
     from cluster.fleet.ray_pool import RayPool
 
-    run = replace(config.load("sinusoid"), execution="vmap", model=MLP(hidden=(240, 240)))  # 233 KB: no longer part of the answer
+    # 233 KB: no longer part of the answer
+    run = replace(config.load("sinusoid"), execution="vmap", model=MLP(hidden=(240, 240)))
     parts, params = assemble.recipe(run)
     thetas = []
     for name in ("here", "there"):

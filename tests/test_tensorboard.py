@@ -28,8 +28,9 @@ pytestmark = pytest.mark.timeout(280)
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with all that runs write."""
     home = tmp_path_factory.mktemp("board")
-    main(["train", "sinusoid", "--pool", "local", "--learner.name", "meta_sgd", "--iterations", "40", "--evaluation.every", "10",
-          "--evaluation.validation-tasks", "8", "--evaluation.tasks", "8", "--dir", str(home / "sinusoid")])  # fmt: skip
+    main(["train", "sinusoid", "--pool", "local", "--learner.name", "meta_sgd", "--iterations", "40",
+          "--evaluation.every", "10", "--evaluation.validation-tasks", "8", "--evaluation.tasks", "8", "--dir",
+          str(home / "sinusoid")])  # fmt: skip
     return home
 
 
@@ -65,9 +66,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         pytest.skip("no browser: chromium and chromedriver are not installed")
     options = selenium.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "disable-quic", "window-size=1500,1300",
-                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run",
+                 "disable-background-networking", "disable-component-update", "disable-sync", "disable-quic",
+                 "window-size=1500,1300", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
         options.add_argument(f"--{flag}")
     window = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
     yield window
@@ -111,12 +112,14 @@ return count;
 
 
 @pytest.mark.parametrize(("page", "words", "drawn"), [
-    ("?tagFilter=query_loss|mse_step1|tasks_per_s#timeseries", ("train/query_loss", "validation/mse_step1", "perf/tasks_per_s"), "canvas"),
-    ("#histograms", ("rate/head.bias",), "svg"),
-    ("#images", ("test/adaptation",), "img"),
+    ("?tagFilter=query_loss|mse_step1|tasks_per_s#timeseries",
+    ("train/query_loss", "validation/mse_step1", "perf/tasks_per_s"), "canvas"),
+    ("#histograms", ("rate/head.bias",), "svg"), ("#images", ("test/adaptation",), "img"),
     ("#hparams", ("iterations", "learner.name", "final/mse_0"), "vaadin-grid"),
 ])  # fmt: skip
-def test_tensorboard_shows_a_finished_run(page: str, words: tuple[str, ...], drawn: str, board: str, browser: Any, tmp_path: Path) -> None:
+def test_tensorboard_shows_a_finished_run(
+    page: str, words: tuple[str, ...], drawn: str, board: str, browser: Any, tmp_path: Path
+) -> None:
     browser.get("about:blank")  # else only the part after # would change, and nothing be loaded anew
     browser.get(f"{board}/{page}")
 

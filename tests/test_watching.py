@@ -35,8 +35,8 @@ def test_an_asynchronous_run_shows_staleness_shares_queue_and_fleet(tmp_path: Pa
             seen.append(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode())
         return False
 
-    driver = Driver(recipe, start(), LatePool(recipe, 6), tmp_path, iterations=12, meta_batch=4, shard=2, evaluation=FEW,
-                    policy=Asynchronous(), prometheus_port=port, interrupted=look)  # fmt: skip
+    driver = Driver(recipe, start(), LatePool(recipe, 6), tmp_path, iterations=12, meta_batch=4, shard=2,
+                    evaluation=FEW, policy=Asynchronous(), prometheus_port=port, interrupted=look)  # fmt: skip
     holder = [driver]
     driver.run()
 
@@ -77,7 +77,15 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path: Path) -> None:
         s.listen()
         port = s.getsockname()[1]
         driver = Driver(
-            recipe, start(), LocalPool(recipe), tmp_path, iterations=1, meta_batch=2, shard=2, evaluation=FEW, prometheus_port=port
+            recipe,
+            start(),
+            LocalPool(recipe),
+            tmp_path,
+            iterations=1,
+            meta_batch=2,
+            shard=2,
+            evaluation=FEW,
+            prometheus_port=port,
         )
         with pytest.raises(OSError, match=f"prometheus_port={port} cannot be served"):
             driver.run()

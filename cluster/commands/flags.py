@@ -15,23 +15,29 @@ from cluster.setup.run import Run
 T = TypeVar("T")
 
 
-def configured(command: str, words: list[str], options: type[T], description: str, shown: str = "RUN") -> tuple[str, T, Any]:
+def configured(
+    command: str, words: list[str], options: type[T], description: str, shown: str = "RUN"
+) -> tuple[str, T, Any]:
     """(RUN, options, run) of `RUN --key value …`. The flags are those of the classes that RUN and --x.name choose."""
     name, rest = leading(words)
     overrides, rest = _choices(rest)
     run = config.load(name or "sinusoid", overrides)
     if not name and not any(w in ("-h", "--help") for w in rest):
         raise ValueError(
-            f"metafleet {command} wants a {shown} first, for example: metafleet {command} {'sinusoid' if shown == 'RUN' else 'runs/mine'}"
+            f"metafleet {command} wants a {shown} first, for example: metafleet {command} "
+            f"{'sinusoid' if shown == 'RUN' else 'runs/mine'}"
         )
     if not name:
         description += (
-            " The keys below are those of the preset sinusoid: name a RUN to see its own; --learner.name and the like choose others."
+            " The keys below are those of the preset sinusoid: name a RUN to see its own; --learner.name and the like "
+            "choose others."
         )
     narrow = _narrowed(run)
     flags: Any = dataclass(frozen=True)(type("Flags", (options, type(narrow)), {"__annotations__": {}}))
     default = flags(**_values(options()), **_values(narrow))
-    parsed = tyro.cli(flags, args=rest, default=default, prog=f"metafleet {command} {name or shown}", description=description)
+    parsed = tyro.cli(
+        flags, args=rest, default=default, prog=f"metafleet {command} {name or shown}", description=description
+    )
     values = _values(parsed)
     own = {k: values.pop(k) for k in _values(options())}
     return name, options(**own), Run(**{k: _plain(v) for k, v in values.items()})
@@ -48,9 +54,9 @@ def _narrowed(value: Any) -> Any:
 
         Run'(Run)(learner: MAML = MAML(inner_lr=0.1), outer: Descent = Descent(lr=0.01))
 
-    an equal value of a subclass made on the spot, of which it makes --learner.inner-lr and --outer.lr. What tyro returns is a
-    Run' too; `_plain` leads back by way of `of`, which holds the class that was narrowed. A subclass checks nothing itself:
-    its `__post_init__` would run before all flags are there.
+    an equal value of a subclass made on the spot, of which it makes --learner.inner-lr and --outer.lr. What tyro
+    returns is a Run' too; `_plain` leads back by way of `of`, which holds the class that was narrowed. A subclass
+    checks nothing itself: its `__post_init__` would run before all flags are there.
     """
     inner = {name: _narrowed(child) for name, child in _values(value).items() if dataclasses.is_dataclass(child)}
     if not inner:
@@ -89,8 +95,8 @@ def _choices(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def taken(words: list[str], flag: str, default: str) -> tuple[str, list[str]]:
-    """(the value of `flag`, the other words): for a flag that means something else here than for a run. Underscores in it are hyphens,
-    as in every flag.
+    """(the value of `flag`, the other words): for a flag that means something else here than for a run. Underscores in
+    it are hyphens, as in every flag.
     """
     value, rest = default, []
     waiting = iter(words)

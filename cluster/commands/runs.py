@@ -66,7 +66,9 @@ def resume(words: list[str]) -> None:
 
     directory, rest = flags.leading(words)
     path = existing_run.configuration(storage.place(directory)) if directory else None
-    _, options, run = flags.configured("resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR")
+    _, options, run = flags.configured(
+        "resume", [str(path), *rest] if path else rest, ResumeOptions, resume.__doc__ or "", shown="DIR"
+    )
     launch.train(run, storage.place(directory), take_over=options.take_over)
 
 
@@ -106,10 +108,16 @@ def evaluate(words: list[str]) -> None:
     from cluster.record.storage import place, write_atomically
 
     o = parsed("evaluate", Evaluate, words)
-    run, results = existing_run.evaluate(place(o.dir), tasks=o.tasks, steps=o.steps, split=o.split, checkpoint=o.checkpoint, norms=o.norms,
-                                   pool=o.pool, workers=o.workers, device=o.device, inner_lr=o.inner_lr, eps=o.eps)  # fmt: skip
+    run, results = existing_run.evaluate(place(o.dir), tasks=o.tasks, steps=o.steps, split=o.split,
+    checkpoint=o.checkpoint, norms=o.norms,
+                                   pool=o.pool, workers=o.workers, device=o.device, inner_lr=o.inner_lr,
+                                   eps=o.eps)  # fmt: skip
     curves, matrix = results.curves, results.matrix
-    console.print(curves.table(f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"))
+    console.print(
+        curves.table(
+            f"{o.dir}: {curves.tasks} {o.split} tasks, mean ± 95 % CI ({o.checkpoint} checkpoint, seed {run.seed})"
+        )
+    )
     for table in matrix.tables() if matrix else ():
         console.print(table)
     if o.json:
@@ -131,7 +139,8 @@ class Compare:
     out: str = ""
     """Where the plot goes, and beside it the table as text. Default: comparison.png, in DIR for a comparison."""
     dir: str = ""
-    """Of a comparison: where its runs go; those that are there already are not trained again. Default: runs/RUN-DATE-TIME."""
+    """Of a comparison: where its runs go; those that are there already are not trained again. Default:
+    runs/RUN-DATE-TIME."""
     seeds: int | None = None
     """Of a comparison: seeds per run. Default: 1."""
     pool: Literal["ray", "local"] | None = None
@@ -160,7 +169,9 @@ def compare(words: list[str]) -> None:
     else:
         for key in ("dir", "seeds", "pool", "workers"):
             if value := getattr(o, key):
-                raise ValueError(f"{key}={value}: of a comparison that is to be trained; these are runs that have finished")
+                raise ValueError(
+                    f"{key}={value}: of a comparison that is to be trained; these are runs that have finished"
+                )
     groups = comparison.grouped(directories)
     tables = comparison.tables(groups)
     for table in tables:
@@ -189,7 +200,9 @@ def export(words: list[str]) -> None:
 
     o = parsed("export", Export, words)
     names = existing_run.export(storage.place(o.dir), storage.place(o.out), o.checkpoint)
-    console.print(f"{o.out}: {len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", highlight=False)
+    console.print(
+        f"{o.out}: {len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})", highlight=False
+    )
 
 
 @dataclass(frozen=True)

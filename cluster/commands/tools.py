@@ -30,7 +30,9 @@ def list_(words: list[str]) -> None:
 
 
 def show(words: list[str]) -> None:
-    """Print the configuration of RUN as TOML: every key, defaults included. What is "auto" or 0 is decided when a run begins."""
+    """Print the configuration of RUN as TOML: every key, defaults included. What is "auto" or 0 is decided when a run
+    begins.
+    """
     from cluster.commands import flags
     from cluster.setup import config
 
@@ -84,13 +86,18 @@ def scale(words: list[str]) -> None:
 
     sizes, words = flags.taken(words, "--workers", "1,2")
     policies, words = flags.taken(words, "--policy", "sync")
-    for key, why in (("iterations", "--measure says how many"), ("min-workers", "all --workers take part"), ("pool", "it is Ray's")):
+    for key, why in (
+        ("iterations", "--measure says how many"),
+        ("min-workers", "all --workers take part"),
+        ("pool", "it is Ray's"),
+    ):
         if value := flags.taken(words, f"--{key}", "")[0]:
             raise ValueError(f"{key}={value}: not a key of an experiment, where {why}")
     name, o, run = flags.configured("scale", words, ScaleOptions, scale.__doc__ or "")
     experiment = Experiment(
         tuple(sorted(flags.numbers("workers", sizes))), flags.among("policy", policies, ("sync", "async")),
-        ("strong", "weak") if o.scaling == "both" else (o.scaling,), o.measure, o.warmup, o.repeats, o.independent, o.resize,
+        ("strong", "weak") if o.scaling == "both" else (o.scaling,), o.measure, o.warmup, o.repeats, o.independent,
+        o.resize,
     )  # fmt: skip
     label = re.sub(r"\W+", "-", Path(name).stem)
     home = storage.place(o.dir or launch.new_directory(f"scale-{label}"))
@@ -139,7 +146,9 @@ def _folder(given: str, name: str) -> Path:
 
 
 def teachers(words: list[str]) -> None:
-    """Train a pool of classifiers on the training classes of RUN's images; or import one that a TOML file with [[teacher]] describes."""
+    """Train a pool of classifiers on the training classes of RUN's images; or import one that a TOML file with
+    [[teacher]] describes.
+    """
     from cluster.commands import flags
     from cluster.operations import school
     from cluster.results import monitor
@@ -167,7 +176,9 @@ def teachers(words: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Import:
-    """Take over models that a TOML file describes: shape, ways, mean, std, and for each [[teacher]] file and architecture."""
+    """Take over models that a TOML file describes: shape, ways, mean, std, and for each [[teacher]] file and
+    architecture.
+    """
 
     dir: str = ""
     """Folder for the pool. Default: teachers/FILE."""
@@ -182,7 +193,9 @@ class DoctorOptions:
 
 
 def doctor(words: list[str]) -> None:
-    """Is this machine or cluster fit for RUN? One line for each thing that has been known to be wrong, with a hint where it is."""
+    """Is this machine or cluster fit for RUN? One line for each thing that has been known to be wrong, with a hint
+    where it is.
+    """
     from cluster.commands import flags
     from cluster.operations import doctor as doctors
     from cluster.record import storage

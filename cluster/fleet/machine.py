@@ -18,7 +18,8 @@ from learners.engine.memory import keep_freed_memory
 def set_up_torch(threads: int, device: str) -> None:
     """Threads (torch's and numpy's), memory and determinism, the same in the driver and in every worker."""
     torch.set_num_threads(threads)
-    threadpool_limits(threads, "blas")  # Ray's workers have few by themselves; processes beside each other would slow each other down
+    # Ray's workers have few by themselves; processes beside each other would slow each other down
+    threadpool_limits(threads, "blas")
     keep_freed_memory()
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but this torch sees no CUDA device; device='cpu' works everywhere")

@@ -13,7 +13,8 @@ from cluster.fleet.messages import Assignment
 K = TypeVar("K", bound=Hashable)
 
 IN_FLIGHT = 2  # per worker: one computing, one waiting, so that a worker never waits for the driver
-STICKY = 4  # as many where the worker has run just these tasks before: what it remembers of them saves more than waiting costs
+# as many where the worker has run just these tasks before: what it remembers of them saves more than waiting costs
+STICKY = 4
 REMEMBERED = 4096
 MEASURED = 64  # shard times per verb that the median is taken of
 
@@ -52,7 +53,8 @@ class Experience:
         self._limits = limits
         self._ran: OrderedDict[tuple[str, int, int], str] = OrderedDict()  # task range → who last ran it
         self._asked: OrderedDict[int, str] = OrderedDict()  # ticket → who was last asked
-        self._known: defaultdict[str, set[str]] = defaultdict(set)  # worker → verbs it has run: their next shard needs no compilation
+        # worker → verbs it has run: their next shard needs no compilation
+        self._known: defaultdict[str, set[str]] = defaultdict(set)
         self._usual = Usual()
 
     def choose(self, assignment: Assignment, loads: Mapping[str, int]) -> str:

@@ -48,7 +48,9 @@ def join(address: str, cpus: float, gpus: float) -> bool:
         try:
             ray.init(address=address, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise ConnectionError(f"no Ray cluster could be joined at address={address!r} ({str(error).splitlines()[0]})") from error
+            raise ConnectionError(
+                f"no Ray cluster could be joined at address={address!r} ({str(error).splitlines()[0]})"
+            ) from error
     return True
 
 
@@ -83,7 +85,9 @@ def on_every_node(function: Callable[..., T], *arguments: Any, seconds: float = 
     refs = []
     for node in nodes():
         there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        refs.append(ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there).remote(*arguments))
+        refs.append(
+            ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there).remote(*arguments)
+        )
     found: list[T] = ray.get(refs, timeout=seconds)
     return found
 
@@ -108,7 +112,9 @@ class Adders:
             del self._by_node[node]
         for node in living.keys() - self._by_node.keys():
             there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-            self._by_node[node] = ray.remote(num_cpus=0, max_restarts=0)(_Adder).options(scheduling_strategy=there).remote()
+            self._by_node[node] = (
+                ray.remote(num_cpus=0, max_restarts=0)(_Adder).options(scheduling_strategy=there).remote()
+            )
         return list(self._by_node.values())
 
     def renew(self) -> None:
@@ -126,8 +132,8 @@ class Adders:
 class Remote:
     """A sum of vectors in the object stores of the nodes that made them, as the brackets in which they are to be added.
 
-    Nothing is added before `fetch`. It has every node add an aligned part of about equal size, and adds these parts itself: what
-    travels to the driver grows with nodes, not with workers, and the brackets are the tree's.
+    Nothing is added before `fetch`. It has every node add an aligned part of about equal size, and adds these parts
+    itself: what travels to the driver grows with nodes, not with workers, and the brackets are the tree's.
     """
 
     refs: tuple[Any, ...]

@@ -79,20 +79,26 @@ class RayPool:
     actor: type = _Actor
     """The remote end."""
 
-    def __init__(self, recipe: Recipe, workers: int = 2, *, least: int = 1, cpus_per_worker: float = 1.0, gpus_per_worker: float = 0.0,
-                 address: str = "local", sums: Literal["driver", "fleet"] = "driver", limits: Deadlines | None = None,
-                 straggler: float = 1.0, variables: dict[str, str] | None = None) -> None:  # fmt: skip
-        """`workers` is as many as there may be: those that the cluster has no room for start when it grows. With fewer than
-        `least` no work is given out. With `sums` by the fleet, totals too large for the answer itself stay where they were
-        made and are added there. `straggler`: how many times as long as it needs the first worker takes.
-        `variables`: environment variables of the workers, where they should differ from the cluster's.
+    def __init__(self, recipe: Recipe, workers: int = 2, *, least: int = 1, cpus_per_worker: float = 1.0,
+                 gpus_per_worker: float = 0.0, address: str = "local", sums: Literal["driver", "fleet"] = "driver",
+                 limits: Deadlines | None = None, straggler: float = 1.0,
+                 variables: dict[str, str] | None = None) -> None:  # fmt: skip
+        """`workers` is as many as there may be: those that the cluster has no room for start when it grows. With fewer
+        than `least` no work is given out. With `sums` by the fleet, totals too large for the answer itself stay
+        where they were made and are added there. `straggler`: how many times as long as it needs the first worker
+        takes. `variables`: environment variables of the workers, where they should differ from the cluster's.
         """
         if not 1 <= least <= workers:
             raise ValueError(f"workers={workers}, of which at least {least}: 1 ≤ least ≤ workers wanted")
         self._least = least
         self._experience = Experience(limits or Deadlines())
         self._started = ray_fleet.join(address, workers * cpus_per_worker, workers * gpus_per_worker)
-        options: dict[str, Any] = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker, "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {
+            "num_cpus": cpus_per_worker,
+            "num_gpus": gpus_per_worker,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
         if variables:
             options["runtime_env"] = {"env_vars": variables}
         self._class: Any = ray.remote(**options)(self.actor)
@@ -108,7 +114,8 @@ class RayPool:
         self._events: deque[Event] = deque()
         self._losses = 0
         self._respawn: list[float] = []
-        self._ready_at = self._enough_at = time.monotonic()  # when some worker, and enough of them, were last seen ready
+        # when some worker, and enough of them, were last seen ready
+        self._ready_at = self._enough_at = time.monotonic()
         self._began = False  # whether some worker was ever ready
         self._sent: dict[str, Any] = {}
         self._straggler = straggler
@@ -144,12 +151,15 @@ class RayPool:
         self._replace_lost()
         self._look()
         self._count()
-        refs = [a.hello for a in self._actors if not a.ready] + [_first(ref) for a in self._actors for _, ref in a.tickets]
+        refs = [a.hello for a in self._actors if not a.ready] + [
+            _first(ref) for a in self._actors for _, ref in a.tickets
+        ]
         if refs and not self._events:
             ray.wait(refs, num_returns=1, timeout=self._patience(timeout))
         elif not refs:
             time.sleep(min(timeout, 0.05))
-        done = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else set()  # one call, however many actors
+        # one call, however many actors
+        done = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else set()
         for actor in list(self._actors):
             self._greet(actor, done) if not actor.ready else self._collect(actor, done)
         self._check_deadlines()
@@ -187,7 +197,8 @@ class RayPool:
         """Take in a new actor once it answers, after sending it the data files that its node lacks."""
         if actor.hello not in done:
             if time.monotonic() - self._ready_at > START_SECONDS:
-                text = f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {ray_fleet.resources()}"
+                has = ray_fleet.resources()
+                text = f"no worker started within {START_SECONDS:.0f} s: {self._wanted} wanted, the cluster has {has}"
                 raise RunStopped(text) if self._began else TimeoutError(text)
             return
         try:
@@ -275,8 +286,12 @@ class RayPool:
         ray.kill(actor.handle)
         for position, (assignment, _) in enumerate(actor.tickets):
             blamed = kind if position == 0 else "died"  # only the first was running
-            self._events.append(Failure(assignment.ticket, assignment.attempt, actor.name, blamed, reason, position == 0))
-        self._events.append(FleetEvent("lost" if actor.ready else "failed", actor.name, actor.where, {"reason": reason}))
+            self._events.append(
+                Failure(assignment.ticket, assignment.attempt, actor.name, blamed, reason, position == 0)
+            )
+        self._events.append(
+            FleetEvent("lost" if actor.ready else "failed", actor.name, actor.where, {"reason": reason})
+        )
         # The first loss is replaced at once; a row of losses, without an answer in between, ever more slowly.
         pause = min(LONGEST_BACKOFF, 0.5 * 2.0 ** (self._losses - 1)) if self._losses else 0.0
         self._losses += 1

@@ -41,13 +41,17 @@ class Recipe:
 
     def summary(self) -> str:
         """One line on what the numbers are of."""
-        return f"{self.learner!r}, {self.objective.summary()}, mean over tasks, {self.execution}, {self.dtype}, seed {self.seed}"
+        how = f"mean over tasks, {self.execution}, {self.dtype}, seed {self.seed}"
+        return f"{self.learner!r}, {self.objective.summary()}, {how}"
 
     def verbs(self, objective: Objective) -> Mapping[str, Verb]:
         """The verbs every run has, and those of its outer step."""
         common = verbs.common_verbs(self.learner, objective, self.evaluation_steps, self.robustness)
         own, data = self.outer.verbs(self.learner, objective), common["gradient"]
-        return {**common, **{k: v if v.draw else replace(v, draw=data.draw, record=data.record) for k, v in own.items()}}
+        return {
+            **common,
+            **{k: v if v.draw else replace(v, draw=data.draw, record=data.record) for k, v in own.items()},
+        }
 
     def groups(self) -> tuple[str, ...]:
         """Names of the kinds of tasks that are reported apart."""

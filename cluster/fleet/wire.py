@@ -163,7 +163,9 @@ def decode_sum(header: bytes, vector: NDArray[Any] | Elsewhere) -> Contribution:
         vector = restored(vector)
         check_size(layout, vector)
     rows = {name: unpack_array(value) for name, value in f["rows"].items()}
-    return Contribution(f["ticket"], f["attempt"], f["worker"], f["seconds"], f["weight"], layout, vector, rows, f["finite"])
+    return Contribution(
+        f["ticket"], f["attempt"], f["worker"], f["seconds"], f["weight"], layout, vector, rows, f["finite"]
+    )
 
 
 def encode(value: object) -> bytes:

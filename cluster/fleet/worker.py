@@ -74,7 +74,9 @@ class Worker:
                 del kept[key]
 
     def _shard(self, a: Assignment, verb: Verb, theta: Params) -> Data:
-        """The data of an assignment; what was lived through at a θ is kept until the next θ comes, for the rounds in between."""
+        """The data of an assignment; what was lived through at a θ is kept until the next θ comes, for the rounds in
+        between.
+        """
         if verb.record is None:
             return self._drawn(a, verb)
         if verb.light:  # nobody will ask again

@@ -56,7 +56,9 @@ class Group:
             run = config.load(str(path))
 
     def attacked(self) -> dict[str, tuple[float, float]]:
-        """(mean, half-width of the 95 % interval) under attack, by "support/query/measure"; {} where nobody attacked."""
+        """(mean, half-width of the 95 % interval) under attack, by "support/query/measure"; {} where nobody
+        attacked.
+        """
         found = [r["robustness"] for r in self.results if "robustness" in r]
         if not found:
             return {}
@@ -73,7 +75,9 @@ def grouped(directories: Sequence[Place]) -> list[Group]:
     met: Counter[tuple[str, int]] = Counter()
     for directory in directories:
         if not (directory / RESULTS).exists():
-            raise FileNotFoundError(f"{directory} has no {RESULTS}: not a run directory, or a run that has not finished")
+            raise FileNotFoundError(
+                f"{directory} has no {RESULTS}: not a run directory, or a run that has not finished"
+            )
         run = config.load(str(configuration(directory)))
         kind = _kind(run)
         key = kind, met[kind, run.seed]  # the same seed again is no other seed, and stands apart
@@ -82,7 +86,10 @@ def grouped(directories: Sequence[Place]) -> list[Group]:
         runs[key] = run
     found = [_group(members, runs[key]) for key, members in groups.items()]
     twice = Counter(g.label for g in found)
-    return [replace(g, label=", ".join(map(str, m))) if twice[g.label] > 1 else g for g, m in zip(found, groups.values(), strict=True)]
+    return [
+        replace(g, label=", ".join(map(str, m))) if twice[g.label] > 1 else g
+        for g, m in zip(found, groups.values(), strict=True)
+    ]
 
 
 def _kind(run: Run) -> str:
@@ -97,7 +104,9 @@ def tables(groups: list[Group]) -> list[Table]:
     measures = list(dict.fromkeys(m for g in groups for m in g.results[0]["mean"]))
     attacked = list(dict.fromkeys(m for g in groups for m in g.attacked() if not m.split("/")[-1].startswith("loss")))
     names = dict.fromkeys(key.split("/")[-1] for key in attacked)
-    return [_table(groups, m) for m in measures] + [_attacked(groups, m, [k for k in attacked if k.endswith(f"/{m}")]) for m in names]
+    return [_table(groups, m) for m in measures] + [
+        _attacked(groups, m, [k for k in attacked if k.endswith(f"/{m}")]) for m in names
+    ]
 
 
 def write(tables: list[Table], out: Path) -> None:
@@ -110,7 +119,9 @@ def write(tables: list[Table], out: Path) -> None:
 
 
 def plot(groups: list[Group], out: Path) -> None:
-    """Adaptation curves on test tasks, and validation over meta-iterations where there was any, of the first measure."""
+    """Adaptation curves on test tasks, and validation over meta-iterations where there was any, of the first
+    measure.
+    """
     from matplotlib.figure import Figure
 
     measure = next(iter(groups[0].results[0]["mean"]))
@@ -148,7 +159,10 @@ def _group(members: list[Place], run: Run) -> Group:
 
 
 def _table(groups: list[Group], measure: str) -> Table:
-    table = Table(title=f"test {measure.replace('_', ' ', 1)}: mean ± 95 % CI (over seeds where there are several, else over tasks)")
+    table = Table(
+        title=f"test {measure.replace('_', ' ', 1)}: "
+        "mean ± 95 % CI (over seeds where there are several, else over tasks)"
+    )
     lived = all(group.run.task.kind == "control" for group in groups)
     budget, currency = ("env_steps", "time steps") if lived else ("passes", "backward passes")
     for name in ("run", "seeds", "iterations", currency, "step 0", "step 1", "last step"):

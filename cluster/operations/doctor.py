@@ -69,7 +69,11 @@ def examine(run: Run, directory: Place) -> Iterator[Finding]:
         try:
             nodes = ray_fleet.on_every_node(look, run.task)
         except Exception as error:  # whatever a node's Python may raise
-            yield Finding("wrong", f"a node cannot run our code ({ray_fleet.cause(error)})", "the same installation or image on every node")
+            yield Finding(
+                "wrong",
+                f"a node cannot run our code ({ray_fleet.cause(error)})",
+                "the same installation or image on every node",
+            )
             return
         yield from fleet(run, ray_fleet.version(), ray_fleet.resources(), nodes, (began, time.time()))
     finally:
@@ -90,9 +94,15 @@ def _directory(directory: Place) -> Finding:
             for left in (probe, lease):
                 left.unlink(missing_ok=True)
     except OSError as error:
-        return Finding("wrong", f"{directory} cannot be written ({error.strerror or error})", "--dir another place, or its permissions")
+        return Finding(
+            "wrong",
+            f"{directory} cannot be written ({error.strerror or error})",
+            "--dir another place, or its permissions",
+        )
     if not fit:
-        return Finding("wrong", f"{directory}: files are not replaced and created as they should be", "use another file system")
+        return Finding(
+            "wrong", f"{directory}: files are not replaced and created as they should be", "use another file system"
+        )
     return Finding("ok", f"{directory} is writable, replaces files in one step and creates exclusively")
 
 
@@ -142,7 +152,9 @@ def _data(run: Run) -> Iterator[Finding]:
         yield Finding("ok", f"the task's data: {', '.join(files) if files else 'made on the spot'}")
 
 
-def fleet(run: Run, version: str, resources: dict[str, float], nodes: list[Node], asked: tuple[float, float]) -> Iterator[Finding]:
+def fleet(
+    run: Run, version: str, resources: dict[str, float], nodes: list[Node], asked: tuple[float, float]
+) -> Iterator[Finding]:
     """Of a cluster whose nodes were asked between two moments."""
     yield Finding("ok", f"Ray {version}, {len(nodes)} node{'s' * (len(nodes) != 1)}, {resources}")
     for name, each in (("CPU", run.cpus_per_worker), ("GPU", run.gpus_per_worker)):
@@ -150,7 +162,11 @@ def fleet(run: Run, version: str, resources: dict[str, float], nodes: list[Node]
             room = int(resources.get(name, 0) / each)
             fine = room >= run.workers
             said = f"{run.workers} workers of {each:g} {name}s: room for {room}"
-            yield Finding("ok" if fine else "wrong" if room < run.min_workers else "warning", said, "fewer --workers, or more nodes")
+            yield Finding(
+                "ok" if fine else "wrong" if room < run.min_workers else "warning",
+                said,
+                "fewer --workers, or more nodes",
+            )
     mine = environment() | {"gpu": ""}
     for key, own in mine.items():
         able = [n for n in nodes if key != "gpu" or not run.gpus_per_worker or n.environment["gpu"] != "none"]
@@ -163,7 +179,11 @@ def fleet(run: Run, version: str, resources: dict[str, float], nodes: list[Node]
     for node in nodes:
         lacking = [f for f, version in wanted.items() if node.files.get(f) != version]
         if lacking:
-            yield Finding("warning", f"{node.where} lacks {', '.join(lacking)}", "the driver will send it when a worker starts there")
+            yield Finding(
+                "warning",
+                f"{node.where} lacks {', '.join(lacking)}",
+                "the driver will send it when a worker starts there",
+            )
         off = min(0.0, node.clock - asked[0]) + max(0.0, node.clock - asked[1])
         if abs(off) > SKEW:
             yield Finding("warning", f"the clock of {node.where} is {off:+.1f} s off", "run NTP: leases compare clocks")

@@ -33,7 +33,9 @@ def configuration(directory: Place) -> Place:
     """The resolved configuration of an existing run."""
     path = directory / CONFIGURATION
     if not path.exists():
-        raise FileNotFoundError(f"{directory} has no {CONFIGURATION}: not a run directory, or one of a run made in Python")
+        raise FileNotFoundError(
+            f"{directory} has no {CONFIGURATION}: not a run directory, or one of a run made in Python"
+        )
     return path
 
 
@@ -71,19 +73,24 @@ def chosen(directory: Place, checkpoint: str) -> State:
 
 
 def beginning(run: Run, params: Params) -> Meta | None:
-    """What the run learned that this one begins from, if it has the names and shapes of `params`; None where it begins anew."""
+    """What the run learned that this one begins from, if it has the names and shapes of `params`; None where it begins
+    anew.
+    """
     if not run.init_from:
         return None
     meta = chosen(place(run.init_from), run.evaluation.checkpoint).meta
     wrong = [k for k, v in params.items() if k not in meta.params or meta.params[k].shape != v.shape]
     if wrong:
-        raise ValueError(f"init_from={run.init_from}: its model has no parameter {wrong[0]} of shape {tuple(params[wrong[0]].shape)}")
+        raise ValueError(
+            f"init_from={run.init_from}: its model has no parameter {wrong[0]} of shape {tuple(params[wrong[0]].shape)}"
+        )
     return meta
 
 
-def evaluate(directory: Place, *, tasks: int = 0, steps: int | None = None, split: str = "test", checkpoint: str = "newest",
-             norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0, device: str = "", inner_lr: float | None = None,
-             eps: float | None = None) -> tuple[Run, Results]:  # fmt: skip
+def evaluate(directory: Place, *, tasks: int = 0, steps: int | None = None, split: str = "test",
+             checkpoint: str = "newest", norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0,
+             device: str = "", inner_lr: float | None = None, eps: float | None = None) -> tuple[Run,
+             Results]:  # fmt: skip
     """Adaptation curves of a run's θ, and its accuracy under attacks of `eps`; what is not said is as in the run."""
     run = config.load(str(configuration(directory)))
     tasks, steps = tasks or run.evaluation.tasks, run.evaluation.steps if steps is None else steps
@@ -92,11 +99,20 @@ def evaluate(directory: Place, *, tasks: int = 0, steps: int | None = None, spli
     how = run.evaluation.robustness if eps is None else replace(run.evaluation.robustness, eps=eps)
     evaluation = replace(run.evaluation, tasks=tasks, steps=steps, norms=norms or run.evaluation.norms, robustness=how)
     workers = workers or run.workers
-    run = replace(run, workers=workers, min_workers=min(workers, run.min_workers), evaluation=evaluation, device=device or run.device)
+    run = replace(
+        run,
+        workers=workers,
+        min_workers=min(workers, run.min_workers),
+        evaluation=evaluation,
+        device=device or run.device,
+    )
     run = run if inner_lr is None else replace(run, learner=_at_rate(run.learner, inner_lr))
     run = replace(run, pool=cast(Literal["ray", "local"], pool)) if pool else run
     if split == "train" and isinstance(run.task, DataFree):
-        raise ValueError("split='train': the training episodes of a data-free run are cut from invented images; validation or test wanted")
+        raise ValueError(
+            "split='train': the training episodes of a data-free run are cut from invented images; validation or test "
+            "wanted"
+        )
     state = chosen(directory, checkpoint)
     run.task.prepare()
     parts, _ = assemble.recipe(run)
@@ -126,7 +142,9 @@ def replay(directory: Place) -> str:
     applied = steps(directory / "journal")
     if not applied:
         raise ValueError(f"{directory} has a journal without a single step")
-    for _, meta in track(replayed(parts, params, run.policy, applied, beginning(run, params)), "replay", len(applied), transient=True):
+    for _, meta in track(
+        replayed(parts, params, run.policy, applied, beginning(run, params)), "replay", len(applied), transient=True
+    ):
         theta = digest(meta)
     checkpoint = chosen(directory, "newest")
     same = checkpoint.iteration != len(applied) or digest(checkpoint.meta) == theta
@@ -134,7 +152,9 @@ def replay(directory: Place) -> str:
         raise RuntimeError(f"the journal ends at θ {theta}, the newest checkpoint holds {digest(checkpoint.meta)}")
     late = sum(bool(s) for step in applied for s in step.staleness)
     whole = sum(shard is not None for step in applied for shard in step.shards)
-    return f"OK: {len(applied)} steps of {whole} contributions ({late} of them stale) end in the recorded bits, θ {theta}"
+    return (
+        f"OK: {len(applied)} steps of {whole} contributions ({late} of them stale) end in the recorded bits, θ {theta}"
+    )
 
 
 def export(directory: Place, out: Place, checkpoint: str) -> list[str]:

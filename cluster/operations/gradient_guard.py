@@ -46,7 +46,9 @@ def check(run: Run) -> Verdict:
     (softplus for ReLU, average for maximum pooling), since differences do not converge across kinks.
     """
     if isinstance(run.task, DataFree):
-        raise ValueError("check wants tasks with data of their own; those of a data-free run come from its teachers as it goes on")
+        raise ValueError(
+            "check wants tasks with data of their own; those of a data-free run come from its teachers as it goes on"
+        )
     run.task.prepare()
     run, _ = resolved(replace(run, dtype="float64", device="cpu", pool="local"))
     parts, _ = assemble.recipe(run)
@@ -74,7 +76,9 @@ def check(run: Run) -> Verdict:
     direction = {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in meta.params.items()}
     direction = tree.scale(1 / tree.norm(direction), direction)
     got, claimed = float(tree.dot(grads, direction)), learner.claim()
-    claims = {name: sum(CLAIMS[name](learner, objective, meta, t, direction) for t in tasks) for name in _rivals(claimed)}
+    claims = {
+        name: sum(CLAIMS[name](learner, objective, meta, t, direction) for t in tasks) for name in _rivals(claimed)
+    }
     errors = {name: abs(got - wanted) / max(abs(wanted), 1e-12) for name, wanted in claims.items()}
     others = "".join(f"; it is {errors[n]:.0e} away from {n}" for n in errors if n != claimed)
     rounds = {name: v.run for name, v in all_verbs.items() if v.record is verb.record}
@@ -87,7 +91,8 @@ def check(run: Run) -> Verdict:
     sentence = (
         f"{'OK' if holds else 'WRONG'}: the summed gradient of {type(run.learner).__name__}{how} over {TASKS} tasks "
         f"({of}, {parts.execution}, float64) is {claimed}: "
-        f"relative error {errors[claimed]:.0e} against finite differences{others}. The outer step takes the {reduction} over tasks."
+        f"relative error {errors[claimed]:.0e} against finite differences{others}. The outer step takes the "
+        f"{reduction} over tasks."
     )
     return Verdict(holds, sentence)
 
@@ -135,7 +140,11 @@ def _through(*constants: Kind) -> Claim:
 def _implicit(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params) -> float:
     """d · ∇θ L_Q(φ*(θ)), with φ* the end of the inner loop."""
     steps = training_steps(learner)
-    return _slope(lambda p: objective.query(meta.slots | learner.adapt(Meta(p, meta.slots), objective, data, steps), data), meta.params, d)
+    return _slope(
+        lambda p: objective.query(meta.slots | learner.adapt(Meta(p, meta.slots), objective, data, steps), data),
+        meta.params,
+        d,
+    )
 
 
 def _interpolation(learner: Learner, objective: Objective, meta: Meta, data: Data, d: Params) -> float:
@@ -168,7 +177,13 @@ CLAIMS: dict[str, Claim] = {
 
 def _rivals(claimed: str) -> list[str]:
     """The claim, and those that it is mistaken for."""
-    rivals = {"second order": "first order", "first order": "second order", "implicit": "first order", "θ − φ": "φ′ − φ", "φ′ − φ": "θ − φ"}
+    rivals = {
+        "second order": "first order",
+        "first order": "second order",
+        "implicit": "first order",
+        "θ − φ": "φ′ − φ",
+        "φ′ − φ": "θ − φ",
+    }
     return [claimed, rivals[claimed]]
 
 

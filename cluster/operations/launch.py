@@ -42,19 +42,23 @@ def train(run: Run, directory: Place, *, take_over: bool = False) -> None:
             earlier = begun(directory)
             run = prepared(run, directory, earlier)
             parts, params = assemble.recipe(run)
-            with assemble.pool(run, parts) as pool, _signals(received):  # signals last: joining Ray sets handlers of its own
+            # signals last: joining Ray sets handlers of its own
+            with assemble.pool(run, parts) as pool, _signals(received):
                 Driver(
-                    parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch, shard=run.shard,
-                    policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation, lease=lease,
-                    allow_mixed_fleet=run.allow_mixed_fleet, prometheus_port=run.prometheus_port, interrupted=lambda: bool(received),
-                    hparams=flat(to_table(run)), begin=None if earlier else beginning(run, params),
+                    parts, params, pool, directory, iterations=run.iterations, meta_batch=run.meta_batch,
+                    shard=run.shard, policy=run.policy, checkpoint=run.checkpoint, evaluation=run.evaluation,
+                    lease=lease, allow_mixed_fleet=run.allow_mixed_fleet, prometheus_port=run.prometheus_port,
+                    interrupted=lambda: bool(received), hparams=flat(to_table(run)),
+                    begin=None if earlier else beginning(run, params),
                 ).run()  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*received) from None
 
 
 def train_all(name: str, home: Place, *, seeds: int, keys: dict[str, Any]) -> list[Place]:
-    """Train every run of a comparison in HOME/RUN (or HOME/RUN/seed-N), but those that have finished; their directories."""
+    """Train every run of a comparison in HOME/RUN (or HOME/RUN/seed-N), but those that have finished; their
+    directories.
+    """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: at least 1 wanted")
     directories: list[Place] = []
@@ -107,12 +111,16 @@ def _check_continues(run: Run, earlier: Begun, directory: Place) -> None:
     if iteration < run.iterations:
         (directory / RESULTS).unlink(missing_ok=True)
     if best and run.evaluation != earlier.run.evaluation:
-        monitor.log.warning("evaluation has changed: the best θ so far, of iteration %d, was chosen as before", best["iteration"])
+        monitor.log.warning(
+            "evaluation has changed: the best θ so far, of iteration %d, was chosen as before", best["iteration"]
+        )
     horizon = getattr(run.outer, "horizon", 0)
     if getattr(run.outer, "schedule", "constant") != "constant" and run.iterations > horizon:
         final = getattr(run.outer, "final_lr", 0.0)
         monitor.log.warning(
-            "the outer rate's schedule ended at iteration %d, as fixed when the run began; from there on it is %g", horizon, final
+            "the outer rate's schedule ended at iteration %d, as fixed when the run began; from there on it is %g",
+            horizon,
+            final,
         )
 
 

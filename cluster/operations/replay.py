@@ -25,7 +25,8 @@ class Applied:
 
     version: int
     shards: list[tuple[str, int, int] | None]
-    """(split, start, stop) of every contribution, in the order of summation; None: one that was rejected, and left its place empty."""
+    """(split, start, stop) of every contribution, in the order of summation; None: one that was rejected, and left its
+    place empty."""
     staleness: list[int]
     theta: str
     """Hash of θ after the step."""
@@ -46,7 +47,9 @@ def steps(path: Place) -> list[Applied]:
             batch = record.get("meta_batch", 0) // max(1, record.get("shard", 1))
         elif record["kind"] == "dispatch":
             if record["verb"] != "gradient":
-                raise ValueError(f"{path} is of an outer step of several rounds: replay is for those of one (train again instead)")
+                raise ValueError(
+                    f"{path} is of an outer step of several rounds: replay is for those of one (train again instead)"
+                )
             ranges[record["ticket"]] = (record["split"], record["start"], record["stop"])
         elif record["kind"] in ("reject", "quarantine"):
             rejected.add(record["ticket"])
@@ -54,25 +57,40 @@ def steps(path: Place) -> list[Applied]:
             found.append(_applied(record, ranges, rejected, batch))
     for expected, step in enumerate(found, 1):
         if step.version != expected:
-            raise ValueError(f"{path} has step {step.version} where step {expected} is wanted: it does not begin with the run")
+            raise ValueError(
+                f"{path} has step {step.version} where step {expected} is wanted: it does not begin with the run"
+            )
     return found
 
 
-def _applied(record: dict[str, Any], ranges: dict[int, tuple[str, int, int]], rejected: set[int], batch: int) -> Applied:
+def _applied(
+    record: dict[str, Any], ranges: dict[int, tuple[str, int, int]], rejected: set[int], batch: int
+) -> Applied:
     tickets = [t for t in record["tickets"] if t not in rejected]
     staleness = record.get("staleness", [0] * len(tickets))
-    if len(staleness) != len(tickets) or not ranges.keys() >= set(tickets) or max(staleness, default=0) >= record["version"]:
-        raise ValueError(f"step {record['version']} of the journal names what it does not have: tickets {tickets}, staleness {staleness}")
+    if (
+        len(staleness) != len(tickets)
+        or not ranges.keys() >= set(tickets)
+        or max(staleness, default=0) >= record["version"]
+    ):
+        raise ValueError(
+            f"step {record['version']} of the journal names what it does not have: tickets {tickets}, staleness "
+            f"{staleness}"
+        )
     shards: list[tuple[str, int, int] | None] = [ranges[t] for t in tickets]
     if "staleness" not in record and len(shards) < batch:  # a synchronous step, of which some were rejected
         if batch > len(ranges) or any(stop <= start for _, start, stop in filter(None, shards)):
-            raise ValueError(f"step {record['version']} of the journal has a batch of {batch} shards that were not all dispatched")
+            raise ValueError(
+                f"step {record['version']} of the journal has a batch of {batch} shards that were not all dispatched"
+            )
         places = {start // (stop - start) % batch: (split, start, stop) for split, start, stop in filter(None, shards)}
         shards, staleness = [places.get(i) for i in range(batch)], [0] * batch
     return Applied(record["version"], shards, staleness, record["theta"])
 
 
-def replay(recipe: Recipe, params: Params, policy: Policy, applied: list[Applied], begin: Meta | None = None) -> Iterator[tuple[int, Meta]]:
+def replay(
+    recipe: Recipe, params: Params, policy: Policy, applied: list[Applied], begin: Meta | None = None
+) -> Iterator[tuple[int, Meta]]:
     """(version, θ) after every step, each checked against the journal's hash; RuntimeError where they part."""
     outer, combine = recipe.outer, policy if isinstance(policy, Asynchronous) else Asynchronous()
     if not isinstance(outer, OneRound):

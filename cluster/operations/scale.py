@@ -1,4 +1,5 @@
-"""Scaling experiments: the same work on fleets of several sizes, beside as many processes that know nothing of each other.
+"""Scaling experiments: the same work on fleets of several sizes, beside as many processes that know nothing of each
+other.
 
 Everything measured is read from the runs' own metrics.jsonl, so that any run directory can be measured the same way.
 """
@@ -66,7 +67,8 @@ class Experiment:
         if not max(1, self.iterations // 1000) <= self.warmup <= self.iterations // 2 or self.repeats < 1:
             raise ValueError(
                 f"warmup={self.warmup}, iterations={self.iterations}, repeats={self.repeats}: "
-                "a warm-up of 1 to half of the iterations (and a thousandth of them at least), and 1 or more repeats wanted"
+                "a warm-up of 1 to half of the iterations (and a thousandth of them at least), and 1 or more repeats "
+                "wanted"
             )
         if self.resize and "{workers}" not in self.resize:
             raise ValueError(f"resize={self.resize!r}: a command with {{workers}} in it wanted")
@@ -74,7 +76,9 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run after its warm-up. Times in seconds; compute, waiting and communication are shares of the workers' time and add up to 1."""
+    """A run after its warm-up. Times in seconds; compute, waiting and communication are shares of the workers' time and
+    add up to 1.
+    """
 
     seconds: float
     tasks_per_s: float
@@ -140,10 +144,19 @@ def time_to(curve: list[tuple[float, float]], target: float) -> float:
 
 
 def conduct(run: Run, experiment: Experiment, home: Place) -> Iterator[Point]:
-    """Every point, as it is measured; the runs are in HOME/SCALING-POLICY-WORKERS/REPEAT. Raises ValueError where HOME has some already."""
+    """Every point, as it is measured; the runs are in HOME/SCALING-POLICY-WORKERS/REPEAT. Raises ValueError where HOME
+    has some already.
+    """
     if storage.children(home):
-        raise ValueError(f"{home} is not empty: another experiment needs another folder, or would measure these runs again")
-    series = [(s, p, _sized(run, experiment, s, p, n)) for s in experiment.scalings for p in experiment.policies for n in experiment.sizes]
+        raise ValueError(
+            f"{home} is not empty: another experiment needs another folder, or would measure these runs again"
+        )
+    series = [
+        (s, p, _sized(run, experiment, s, p, n))
+        for s in experiment.scalings
+        for p in experiment.policies
+        for n in experiment.sizes
+    ]
     for scaling, policy, sized in series:
         yield _point(sized, experiment, home, scaling, policy)
 
@@ -154,7 +167,8 @@ def _sized(run: Run, experiment: Experiment, scaling: Scaling, policy: str, work
     meta_batch = run.meta_batch * (workers if scaling == "weak" else 1)
     if policy == "sync" and meta_batch // run.shard < workers:
         raise ValueError(
-            f"a meta-batch of {meta_batch} in shards of {run.shard} keeps no more than {meta_batch // run.shard} workers busy, "
+            f"a meta-batch of {meta_batch} in shards of {run.shard} keeps no more than {meta_batch // run.shard} "
+            "workers busy, "
             f"{workers} are wanted: --shard {max(1, meta_batch // (2 * workers))} or a larger --meta-batch"
         )
     if policy == "async" and isinstance(run.policy, Asynchronous) and run.policy.buffer:
@@ -163,16 +177,21 @@ def _sized(run: Run, experiment: Experiment, scaling: Scaling, policy: str, work
         run, pool="ray", workers=workers, min_workers=workers, iterations=experiment.iterations,
         meta_batch=meta_batch,
         policy=run.policy if isinstance(run.policy, wanted) else wanted(),
-        evaluation=Evaluation(every=run.evaluation.every, validation_tasks=0, tasks=2, steps=min(1, run.evaluation.steps), pictures=0),
+        evaluation=Evaluation(every=run.evaluation.every, validation_tasks=0, tasks=2,
+        steps=min(1, run.evaluation.steps), pictures=0),
     )  # fmt: skip
 
 
 def _point(run: Run, experiment: Experiment, home: Place, scaling: Scaling, policy: str) -> Point:
-    """Each run of the fleet stands between two of the independent processes: machines get faster and slower while one measures."""
+    """Each run of the fleet stands between two of the independent processes: machines get faster and slower while one
+    measures.
+    """
     folder = home / f"{scaling}-{policy}-{run.workers}"
     startups, runs, alone = [], [], []
     for repeat in range(experiment.repeats):
-        log.info("%s scaling, %s, %d workers, repeat %d of %d", scaling, policy, run.workers, repeat + 1, experiment.repeats)
+        log.info(
+            "%s scaling, %s, %d workers, repeat %d of %d", scaling, policy, run.workers, repeat + 1, experiment.repeats
+        )
         if experiment.independent:
             alone.append(_independent(run, experiment.warmup))
         if experiment.resize:
@@ -188,7 +207,8 @@ def _point(run: Run, experiment: Experiment, home: Place, scaling: Scaling, poli
     around = [statistics.fmean(pair) for pair in pairwise(alone)]
     shares = [m.tasks_per_s / both for m, both in zip(runs, around, strict=bool(alone))]
     return Point(scaling, policy, run.workers, run.meta_batch, statistics.median(startups), typical,
-                 statistics.median(around) if alone else 0.0, statistics.median(shares) if alone else float("nan"))  # fmt: skip
+                 statistics.median(around) if alone else 0.0,
+                 statistics.median(shares) if alone else float("nan"))  # fmt: skip
 
 
 def _resize(command: str) -> None:
@@ -202,20 +222,28 @@ def _lines(directory: Place) -> list[dict[str, Any]]:
 
 
 def _independent(run: Run, warmup: int) -> float:
-    """Tasks/s that as many processes as there are workers, each with a whole run of its own, reach together while all of them work."""
+    """Tasks/s that as many processes as there are workers, each with a whole run of its own, reach together while all
+    of them work.
+    """
     alone = replace(run, pool="local", policy=Synchronous(), workers=1, min_workers=1, prometheus_port=0)
     with TemporaryDirectory() as home:
         directories = [Path(home) / str(i) for i in range(run.workers)]
         with ExitStack() as stack:
-            processes = [stack.enter_context(_process(replace(alone, iterations=100 * run.iterations), d)) for d in directories]
+            processes = [
+                stack.enter_context(_process(replace(alone, iterations=100 * run.iterations), d)) for d in directories
+            ]
             while min(map(_done, directories)) < run.iterations:
                 for process, directory in zip(processes, directories, strict=True):
                     if process.poll() is not None:
-                        raise RuntimeError(f"an independent process ended: {(directory / 'said').read_text(errors='replace')[-500:]}")
+                        raise RuntimeError(
+                            f"an independent process ended: {(directory / 'said').read_text(errors='replace')[-500:]}"
+                        )
                 time.sleep(0.2)
             for process in processes:  # all at once, so that none works alone
                 process.send_signal(signal.SIGTERM)
-        lines = [[line for line in _lines(d) if line["kind"] == "train" and line["iteration"] >= warmup] for d in directories]
+        lines = [
+            [line for line in _lines(d) if line["kind"] == "train" and line["iteration"] >= warmup] for d in directories
+        ]
     return run.meta_batch * together(lines)
 
 
@@ -228,7 +256,9 @@ def _process(run: Run, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     words = [sys.executable, "-m", "cluster.cli", "train", str(wanted), "--dir", str(directory)]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with open(directory / "said", "wb") as said:
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | {"PYTHONPATH": paths})
+        process = subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | {"PYTHONPATH": paths}
+        )
     try:
         yield process
     finally:
@@ -258,13 +288,17 @@ def together(runs: list[list[dict[str, Any]]]) -> float:
 
 
 def rows(points: list[Point]) -> list[dict[str, Any]]:
-    """The points as rows of a table; efficiency is throughput per worker over that of the smallest fleet of the series."""
+    """The points as rows of a table; efficiency is throughput per worker over that of the smallest fleet of the
+    series.
+    """
     found = []
     for point in points:
         series = [p for p in points if (p.scaling, p.policy) == (point.scaling, point.policy)]
         first = min(series, key=lambda p: p.workers)
         target = max(min(smoothed(p.run.curve)[1]) for p in series)
-        content = {k: v for k, v in asdict(point).items() if k != "run"} | {k: v for k, v in asdict(point.run).items() if k != "curve"}
+        content = {k: v for k, v in asdict(point).items() if k != "run"} | {
+            k: v for k, v in asdict(point.run).items() if k != "curve"
+        }
         found.append(content | {
             "speedup": point.run.tasks_per_s / first.run.tasks_per_s,
             "efficiency": point.run.tasks_per_s / first.run.tasks_per_s * first.workers / point.workers,

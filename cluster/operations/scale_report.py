@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = {
-    "scaling": "scaling", "policy": "policy", "workers": "workers", "meta_batch": "meta-batch", "startup_s": "start-up s",
-    "tasks_per_s": "tasks/s", "efficiency": "efficiency", "of_independent": "of independent", "compute": "compute",
-    "communication": "communication", "waiting": "waiting", "time_to_target_s": "time to loss s",
+    "scaling": "scaling", "policy": "policy", "workers": "workers", "meta_batch": "meta-batch",
+    "startup_s": "start-up s", "tasks_per_s": "tasks/s", "efficiency": "efficiency", "of_independent": "of independent",
+    "compute": "compute", "communication": "communication", "waiting": "waiting", "time_to_target_s": "time to loss s",
 }  # fmt: skip
 SHARES = ("efficiency", "of_independent", "compute", "communication", "waiting")
 
@@ -49,8 +49,9 @@ def write(points: list[Point], experiment: Experiment, facts: dict[str, Any], ho
 def table(points: list[Point], title: str) -> Table:
     """What fits a terminal."""
     shown = Table(title=title)
-    short = {"workers": "workers", "startup_s": "start", "tasks_per_s": "tasks/s", "efficiency": "effic.", "of_independent": "indep.",
-             "compute": "comp.", "communication": "comm.", "waiting": "wait", "time_to_target_s": "to loss"}  # fmt: skip
+    short = {"workers": "workers", "startup_s": "start", "tasks_per_s": "tasks/s", "efficiency": "effic.",
+             "of_independent": "indep.", "compute": "comp.", "communication": "comm.", "waiting": "wait",
+             "time_to_target_s": "to loss"}  # fmt: skip
     for name in ("series", *short.values()):
         shown.add_column(name, justify="left" if name == "series" else "right", no_wrap=True)
     for row in rows(points):
@@ -71,16 +72,20 @@ def page(found: list[dict[str, Any]], experiment: Experiment, facts: dict[str, A
     lines = [f"# Scaling of {facts['run']}", ""]
     lines += [f"- {k}: {v}" for k, v in facts.items() if k != "run"]
     lines += [
-        f"- {experiment.iterations} meta-iterations a run, the first {experiment.warmup} not measured; median of {experiment.repeats}",
-        "- compute, communication, waiting: shares of the workers' time. Waiting: until the busiest worker of a round was done. "
+        f"- {experiment.iterations} meta-iterations a run, the first {experiment.warmup} not measured; median of "
+        f"{experiment.repeats}",
+        "- compute, communication, waiting: shares of the workers' time. Waiting: until the busiest worker of a round "
+        "was done. "
         "Communication: the rest, in which messages travel and the driver works.",
     ]
     if experiment.independent:
         lines.append(
-            "- of independent: the fleet's tasks/s over those of as many processes that each train alone, without Ray, on the same machine."
+            "- of independent: the fleet's tasks/s over those of as many processes that each train alone, without Ray, "
+            "on the same machine."
         )
     lines.append(
-        "- time to loss: until the mean of five meta-iterations is at what the worst fleet of the series reaches, after the warm-up."
+        "- time to loss: until the mean of five meta-iterations is at what the worst fleet of the series reaches, "
+        "after the warm-up."
     )
     lines += ["", f"| {' | '.join(COLUMNS.values())} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(_cell(name, row[name]) for name in COLUMNS)} |" for row in found]
@@ -98,13 +103,20 @@ def plot(points: list[Point]) -> Figure:
         mine = [(p, r) for p, r in zip(points, found, strict=True) if (p.scaling, p.policy) == key]
         sizes, rates = [p.workers for p, _ in mine], [p.run.tasks_per_s for p, _ in mine]
         throughput.plot(sizes, rates, "o-", color=f"C{i}", label=", ".join(key))
-        throughput.plot(sizes, [rates[0] * n / sizes[0] for n in sizes], ":", color=f"C{i}", label="ideal" if not i else None)
+        throughput.plot(
+            sizes, [rates[0] * n / sizes[0] for n in sizes], ":", color=f"C{i}", label="ideal" if not i else None
+        )
         if all(p.independent_tasks_per_s for p, _ in mine):
             alone = [p.independent_tasks_per_s for p, _ in mine]
             throughput.plot(sizes, alone, "x--", color="grey", label="independent processes" if not i else None)
         efficiency.plot(sizes, [r["efficiency"] for _, r in mine], "o-", color=f"C{i}", label=", ".join(key))
         for j, (p, _) in enumerate(mine):
-            loss.plot(*smoothed(p.run.curve), color=f"C{i}", alpha=0.3 + 0.7 * (j + 1) / len(mine), label=f"{', '.join(key)}, {p.workers}")
+            loss.plot(
+                *smoothed(p.run.curve),
+                color=f"C{i}",
+                alpha=0.3 + 0.7 * (j + 1) / len(mine),
+                label=f"{', '.join(key)}, {p.workers}",
+            )
     efficiency.axhline(1.0, linestyle=":", color="grey", label="ideal")
     sizes = sorted({p.workers for p in points})
     for axes in (throughput, efficiency):

@@ -61,7 +61,9 @@ class Plan:
 
 
 def train(run: Run, plan: Plan, folder: Path) -> list[tuple[str, float]]:
-    """Train a pool on the image set of `run`, on its fleet, and write it to `folder`; (architecture, accuracy) of each."""
+    """Train a pool on the image set of `run`, on its fleet, and write it to `folder`; (architecture, accuracy) of
+    each.
+    """
     if not isinstance(run.task, Episodes):
         raise ValueError(f"teachers are trained on images; {type(run.task).__name__} has none")
     source = run.task.source
@@ -72,10 +74,11 @@ def train(run: Run, plan: Plan, folder: Path) -> list[tuple[str, float]]:
     specs = [plan.architectures[i % len(plan.architectures)] for i in range(plan.count)]
     models = [_built(spec, run, plan.ways, i) for i, spec in enumerate(specs)]
     school = School(tuple(models), tuple(isinstance(s, ResNet) for s in specs), plan.schooling)
-    recipe = Recipe(lessons, MAML(), Supervised(models[0], "cross_entropy"), school, seed=run.seed, execution="loop", device=run.device,
-                    threads=run.threads)  # fmt: skip
+    recipe = Recipe(lessons, MAML(), Supervised(models[0], "cross_entropy"), school, seed=run.seed, execution="loop",
+                    device=run.device, threads=run.threads)  # fmt: skip
     set_up_torch(run.threads, "cpu")
-    run = replace(run, policy=Synchronous(deadlines=Deadlines(floor=LONGEST, first=LONGEST)))  # one shard is one teacher, start to end
+    # one shard is one teacher, start to end
+    run = replace(run, policy=Synchronous(deadlines=Deadlines(floor=LONGEST, first=LONGEST)))
     names, entries = source.load().index.classes, []
     folder.mkdir(parents=True, exist_ok=True)
     with assemble.pool(run, recipe) as fleet:
@@ -85,8 +88,12 @@ def train(run: Run, plan: Plan, folder: Path) -> list[tuple[str, float]]:
         for i, (spec, round_, classes) in enumerate(zip(specs, rounds, lessons.classes(), strict=True)):
             result = dispatcher.finish(round_)
             accuracy = float(result.rows["accuracy"])
-            entries.append(written(folder, i, spec, result.total) | {"accuracy": accuracy, "classes": [names[c] for c in classes]})
-            log.info("teacher %d of %d (%s): accuracy %.3f", i + 1, plan.count, entries[-1]["architecture"]["name"], accuracy)
+            entries.append(
+                written(folder, i, spec, result.total) | {"accuracy": accuracy, "classes": [names[c] for c in classes]}
+            )
+            log.info(
+                "teacher %d of %d (%s): accuracy %.3f", i + 1, plan.count, entries[-1]["architecture"]["name"], accuracy
+            )
     write_index(folder, source.shape, plan.ways, mean, std, entries)
     return [(e["architecture"]["name"], e["accuracy"]) for e in entries]
 

@@ -138,7 +138,8 @@ class Checkpoints:
         make_folder(self.folder)
         path = self._path(state.iteration)
         write_atomically(path, encode(state))
-        for old in [p for p in self._all() if p.name <= path.name][self.keep :]:  # one that is newer was skipped as damaged
+        # one that is newer was skipped as damaged
+        for old in [p for p in self._all() if p.name <= path.name][self.keep :]:
             remove(old)
         return path
 

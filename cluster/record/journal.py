@@ -52,8 +52,9 @@ class _Attempt(TypedDict):
 
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
-    "attempt": TypeAdapter(_Attempt), "dispatch": TypeAdapter(_Dispatch), "apply": TypeAdapter(_Apply), "abandon": TypeAdapter(_Tickets),
-    "reject": TypeAdapter(_Ticket), "drop": TypeAdapter(_Ticket), "quarantine": TypeAdapter(_Ticket),
+    "attempt": TypeAdapter(_Attempt), "dispatch": TypeAdapter(_Dispatch), "apply": TypeAdapter(_Apply),
+    "abandon": TypeAdapter(_Tickets), "reject": TypeAdapter(_Ticket), "drop": TypeAdapter(_Ticket),
+    "quarantine": TypeAdapter(_Ticket),
 }  # fmt: skip
 """What readers rely on in a record, by its kind."""
 
@@ -61,18 +62,20 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
 class Journal:
     """Records are msgpack maps with a `kind`, each in a frame with its length and checksum.
 
-    On a disk they are one file, in an object store (which cannot append) a folder of segments, each of whole records. A record
-    cut off by a crash is removed when the file is opened again. A record that cannot be written stops the run (OSError): what was not
-    recorded did not happen.
+    On a disk they are one file, in an object store (which cannot append) a folder of segments, each of whole records. A
+    record cut off by a crash is removed when the file is opened again. A record that cannot be written stops the run
+    (OSError): what was not recorded did not happen.
     """
 
     def __init__(self, path: Place, check: Callable[[bool], None] = lambda always: None) -> None:
-        """`check` is called before anything is written and raises if this process no longer owns the run; it may look less often
-        unless it is told `always`.
+        """`check` is called before anything is written and raises if this process no longer owns the run; it may look
+        less often unless it is told `always`.
         """
         self._check, self._path = check, path
         end = _usable(path)
-        self._out: _Out = _File(path, end) if isinstance(path, Path) and not path.is_dir() else _Segments(path, lambda: check(True))
+        self._out: _Out = (
+            _File(path, end) if isinstance(path, Path) and not path.is_dir() else _Segments(path, lambda: check(True))
+        )
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one record; on a disk it survives this process, and anywhere the machine once `sync` returned."""
@@ -83,7 +86,8 @@ class Journal:
             self._out.append(_framed(payload))
         except OSError as error:
             raise OSError(
-                error.errno, f"cannot write to {self._path} ({error.strerror or error}); the run stops and can be resumed"
+                error.errno,
+                f"cannot write to {self._path} ({error.strerror or error}); the run stops and can be resumed",
             ) from error
 
     def sync(self) -> None:
@@ -145,7 +149,8 @@ class _Segments:
                 create(self._folder / f"{self._number:08d}", bytes(self._waiting))
                 self._waiting.clear()
             except FileExistsError:
-                # A driver that we took over from wrote once more before it found out; a later one would have fenced us just now.
+                # A driver that we took over from wrote once more before it found out; a later one would have fenced us
+                # just now.
                 log.warning("%s has a segment %d of another driver", self._folder, self._number)
             self._number += 1
         self._since = time.monotonic()
@@ -165,8 +170,8 @@ class Unwritten(Journal):
 
 
 def read(path: Place) -> Iterator[dict[str, Any]]:
-    """Records in order, up to the end or to a record cut off there. Raises ValueError for damage before the end, and for
-    records that are not ours.
+    """Records in order, up to the end or to a record cut off there. Raises ValueError for damage before the end, and
+    for records that are not ours.
     """
     content = _content(path)
     end, damaged = _scan(content)

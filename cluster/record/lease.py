@@ -61,7 +61,10 @@ class Lease:
             return
         self._checked = now
         if self._highest() > self.attempt:
-            raise Fenced(f"{self.folder.parent} was taken over by attempt {self._highest()}; attempt {self.attempt} stops without writing")
+            raise Fenced(
+                f"{self.folder.parent} was taken over by attempt {self._highest()}; attempt {self.attempt} stops "
+                "without writing"
+            )
 
     def _acquire(self, take_over: bool) -> None:
         highest = self._highest()

@@ -22,10 +22,12 @@ COPY_EVERY = 15.0  # seconds
 
 
 class Mirror:
-    """A folder here, `local`, whose files are copied to `home` when they have changed; where home is local they are one.
+    """A folder here, `local`, whose files are copied to `home` when they have changed; where home is local they are
+    one.
 
-    For what is appended to: metrics.jsonl, TensorBoard's events, pictures. Copying is done by a thread of its own and a failure is
-    a warning: the next copy has it all. `check` raises where this process no longer owns the run; nothing is copied then.
+    For what is appended to: metrics.jsonl, TensorBoard's events, pictures. Copying is done by a thread of its own and a
+    failure is a warning: the next copy has it all. `check` raises where this process no longer owns the run; nothing is
+    copied then.
     """
 
     def __init__(self, home: Place, check: Callable[[], None] = lambda: None, kept: tuple[str, ...] = ()) -> None:
@@ -45,7 +47,9 @@ class Mirror:
         self._thread.start()
 
     def copy(self) -> None:
-        """Copy what has changed. Raises OSError for the first file that could not be copied, after trying the others."""
+        """Copy what has changed. Raises OSError for the first file that could not be copied, after trying the
+        others.
+        """
         failed: OSError | None = None
         for path in sorted(p for p in self.local.rglob("*") if p.is_file() and not p.name.endswith(".partial")):
             stat, name = path.stat(), path.relative_to(self.local).as_posix()
@@ -61,7 +65,8 @@ class Mirror:
             raise failed
 
     def close(self) -> None:
-        """Copy for the last time, and remove the folder here; it stays, and OSError says where, if the store does not take its files.
+        """Copy for the last time, and remove the folder here; it stays, and OSError says where, if the store does not
+        take its files.
 
         Whoever no longer owns the run copies nothing.
         """
@@ -73,7 +78,8 @@ class Mirror:
             self._copy_last()
         except OSError as error:
             raise OSError(
-                error.errno or errno.EIO, f"{self.home} does not take this run's last files ({error}); they are in {self.local}"
+                error.errno or errno.EIO,
+                f"{self.home} does not take this run's last files ({error}); they are in {self.local}",
             ) from error
         except RuntimeError as error:  # fenced
             log.warning("not copied to %s: %s", self.home, error)

@@ -1,7 +1,8 @@
 """Where runs live: a folder of this machine, or one of an object store by URL (s3://, gs://, abfs://, memory:// …).
 
-Both keep the same promises: a file is replaced whole or not at all, and created by one process only. Object stores know neither
-appending nor renaming, so that what grows is written in segments (`Journal`), or to a folder here that is copied (`Mirror`).
+Both keep the same promises: a file is replaced whole or not at all, and created by one process only. Object stores know
+neither appending nor renaming, so that what grows is written in segments (`Journal`), or to a folder here that is
+copied (`Mirror`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Place: TypeAlias = Path | UPath
 
 
 def place(name: str | Path | UPath) -> Place:
-    """A path as it is; a URL by its file system, whose listings are not to be remembered. Raises ValueError for one that we cannot open."""
+    """A path as it is; a URL by its file system, whose listings are not to be remembered. Raises ValueError for one
+    that we cannot open.
+    """
     text = str(name)
     if "://" not in text:
         return name if isinstance(name, UPath) else Path(name).expanduser()
@@ -31,10 +34,14 @@ def place(name: str | Path | UPath) -> Place:
     if scheme in ("file", "local"):
         return Path(str(UPath(text).path))
     try:
-        found: UPath = UPath(text, **{**options, "use_listings_cache": False, "skip_instance_cache": scheme != "memory"})
+        found: UPath = UPath(
+            text, **{**options, "use_listings_cache": False, "skip_instance_cache": scheme != "memory"}
+        )
         return found
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{text}: no file system for {scheme}:// ({error}); s3, gs and abfs are extras: pip install '.[s3]'") from error
+        raise ValueError(
+            f"{text}: no file system for {scheme}:// ({error}); s3, gs and abfs are extras: pip install '.[s3]'"
+        ) from error
 
 
 def is_local(at: Place) -> bool:
@@ -110,7 +117,8 @@ def _create(at: UPath, content: bytes) -> None:
     try:
         at.fs.pipe_file(at.path, content, mode="create")
     except OSError as error:
-        # A write whose answer was lost is tried again by the store's library, and then finds itself. Some stores say no in other words.
+        # A write whose answer was lost is tried again by the store's library, and then finds itself. Some stores say no
+        # in other words.
         try:
             there = at.fs.cat_file(at.path)
         except FileNotFoundError:

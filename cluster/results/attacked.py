@@ -48,8 +48,10 @@ class Matrix:
         return [self._table(m, dict.fromkeys(q for _, q, n in keys if n == m)) for m in measures]
 
     def _table(self, measure: str, queries: dict[str, None]) -> Table:
-        table = Table(title=f"{measure.replace('_', ' ', 1)} under attack, ε = {self.how.eps:g}, after {self.steps} inner steps "
-                            f"({self.tasks} tasks, mean ± 95 % CI)")  # fmt: skip
+        table = Table(
+            title=f"{measure.replace('_', ' ', 1)} under attack, ε = {self.how.eps:g}, "
+            f"after {self.steps} inner steps ({self.tasks} tasks, mean ± 95 % CI)"
+        )
         table.add_column("support")
         for query in queries:
             table.add_column(f"{query} query", justify="right")
@@ -60,7 +62,9 @@ class Matrix:
 
 
 def picture(recipe: Recipe, meta: Meta, path: Path) -> list[Path]:
-    """Draw queries of the first test task, clean and under PGD; the files written, none where there is nothing to draw."""
+    """Draw queries of the first test task, clean and under PGD; the files written, none where there is nothing to
+    draw.
+    """
     recipe = replace(recipe, device="cpu")  # the driver's θ is there, and it may have nothing else
     objective, how = recipe.objective, recipe.robustness
     if not isinstance(objective, Supervised) or how is None or len(getattr(recipe.tasks, "inputs", ())) != 3:

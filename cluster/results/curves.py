@@ -29,8 +29,9 @@ class Curves:
 
     @classmethod
     def of(cls, rows: dict[str, NDArray[np.float64]], groups: tuple[str, ...] = ()) -> Curves:
-        """From per-task values [tasks, steps + 1]; where tasks are of several `groups`, the row of that name says which, and
-        their means are there beside the mean over all."""
+        """From per-task values [tasks, steps + 1]; where tasks are of several `groups`, the row of that name says
+        which, and their means are there beside the mean over all.
+        """
         rows = dict(rows)
         kind = rows.pop(GROUP, None)
         curves = cls._over(rows)
@@ -79,7 +80,9 @@ class Curves:
         for name in self.mean:
             table.add_column(name.replace("_", " ", 1), justify="right")
         for step in range(len(next(iter(self.mean.values())))):
-            table.add_row(str(step), *(f"{_number(self.mean[k][step])} ± {_number(self.ci95[k][step])}" for k in self.mean))
+            table.add_row(
+                str(step), *(f"{_number(self.mean[k][step])} ± {_number(self.ci95[k][step])}" for k in self.mean)
+            )
         return table
 
 

@@ -45,7 +45,8 @@ class Monitor:
         self.every = every or max(1, iterations // 1000)
         _truncate(directory / "metrics.jsonl", start)
         self._jsonl = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
-        # purge_step (the first step to take back) from the very first writer on: TensorBoard ignores it where the first one had none.
+        # purge_step (the first step to take back) from the very first writer on: TensorBoard ignores it where the first
+        # one had none.
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         self._events_failed = False
         self._window: dict[str, list[float]] = {}
@@ -61,7 +62,9 @@ class Monitor:
             self._task = self._bar.add_task("meta-training", total=iterations, completed=start, note="")
             self._bar.start()
 
-    def scalars(self, iteration: int, values: Mapping[str, float], samples: Mapping[str, list[float]] | None = None) -> None:
+    def scalars(
+        self, iteration: int, values: Mapping[str, float], samples: Mapping[str, list[float]] | None = None
+    ) -> None:
         """Scalars of one iteration, and numbers that a window shows as a histogram."""
         for gone in [tag for tag in self._now if tag.startswith("share/")]:
             del self._now[gone]
@@ -92,7 +95,9 @@ class Monitor:
         }
         self.last |= flat
         self._now.update(flat)
-        self._write(iteration, split, flat, {"curve": {name: [float(v) for v in values] for name, values in curve.items()}})
+        self._write(
+            iteration, split, flat, {"curve": {name: [float(v) for v in values] for name, values in curve.items()}}
+        )
 
     def values(self, iteration: int, kind: str, values: Mapping[str, float]) -> None:
         """Scalars that come once, not every iteration."""
@@ -162,7 +167,9 @@ class Monitor:
         with self._events():
             self._writer.close()
 
-    def _write(self, iteration: int, kind: str, scalars: Mapping[str, float], lists: Mapping[str, object] | None = None) -> None:
+    def _write(
+        self, iteration: int, kind: str, scalars: Mapping[str, float], lists: Mapping[str, object] | None = None
+    ) -> None:
         with self._events():
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, iteration)
@@ -193,7 +200,10 @@ class Monitor:
             self._bar.update(self._task, completed=iteration, note=note)
         elif time.monotonic() - self._plain_at > PLAIN_EVERY or iteration == self.iterations:
             self._plain_at = time.monotonic()
-            self.message(f"iteration {iteration}/{self.iterations}  {note}  ETA {datetime.timedelta(seconds=round(self._eta(iteration)))}")
+            self.message(
+                f"iteration {iteration}/{self.iterations}  {note}  ETA "
+                f"{datetime.timedelta(seconds=round(self._eta(iteration)))}"
+            )
 
     def _eta(self, iteration: int) -> float:
         done = max(iteration - self._start, 1)
@@ -203,7 +213,8 @@ class Monitor:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, refresh_per_second=4,
+        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+        refresh_per_second=4,
     )  # fmt: skip
 
 
@@ -224,7 +235,9 @@ def _iteration(line: str) -> float:
 
 def plain_logging() -> None:
     """Log lines of this program to stderr, as sentences; also what goes wrong in TensorBoard's writing thread."""
-    threading.excepthook = lambda failed: log.warning("%s: %s", failed.thread.name if failed.thread else "a thread", failed.exc_value)
+    threading.excepthook = lambda failed: log.warning(
+        "%s: %s", failed.thread.name if failed.thread else "a thread", failed.exc_value
+    )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     log.handlers[:] = [handler]

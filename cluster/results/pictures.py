@@ -81,15 +81,23 @@ def film(family: object, what: Shown, path: Path) -> list[Path]:
 def _strip(films: list[list[Clip]], titles: list[str], steps: list[int]) -> Figure:
     from matplotlib.figure import Figure
 
-    rows = [(title, step, clip) for film, title in zip(films, titles, strict=True) for step, clip in zip(steps, film, strict=True)]
+    rows = [
+        (title, step, clip)
+        for film, title in zip(films, titles, strict=True)
+        for step, clip in zip(steps, film, strict=True)
+    ]
     figure = Figure(figsize=(1.6 * STRIP + 1.5, 1.15 * len(rows)), layout="constrained")
     for axes, (title, step, clip) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         chosen = np.linspace(0, len(clip.frames) - 1, STRIP).round().astype(int)
         axes.imshow(np.concatenate(list(clip.frames[chosen]), 1))
         for k, frame in enumerate(chosen):
-            axes.text((k + 0.03) * clip.frames.shape[2], 3, clip.captions[frame], va="top", fontsize="x-small", color="white")
+            axes.text(
+                (k + 0.03) * clip.frames.shape[2], 3, clip.captions[frame], va="top", fontsize="x-small", color="white"
+            )
         axes.set(xticks=[], yticks=[])
-        axes.set_ylabel(f"{title}\nafter {step} step{'s' * (step != 1)}", rotation=0, ha="right", va="center", fontsize="small")
+        axes.set_ylabel(
+            f"{title}\nafter {step} step{'s' * (step != 1)}", rotation=0, ha="right", va="center", fontsize="small"
+        )
     return figure
 
 

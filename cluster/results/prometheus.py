@@ -11,13 +11,16 @@ from prometheus_client.registry import Collector
 
 
 class Exporter(Collector):
-    """Tags become names: `train/loss` is metafleet_train_loss; what only ever grows is a counter, metafleet_fleet_applied_total.
+    """Tags become names: `train/loss` is metafleet_train_loss; what only ever grows is a counter,
+    metafleet_fleet_applied_total.
 
     Shares of the work are one metric, metafleet_share, labelled by worker.
     """
 
     def __init__(self, values: Mapping[str, float], counters: Collection[str]) -> None:
-        """`values`: the newest of every tag, read at each request; `counters`: names under `fleet/` that only ever grow."""
+        """`values`: the newest of every tag, read at each request; `counters`: names under `fleet/` that only ever
+        grow.
+        """
         self._values, self._counters = values, counters
 
     def collect(self) -> Iterator[Metric]:
@@ -41,7 +44,9 @@ def serve(port: int, values: Mapping[str, float], counters: Collection[str]) -> 
     try:
         server, thread = start_http_server(port, registry=registry)
     except OSError as error:
-        raise OSError(error.errno, f"prometheus_port={port} cannot be served ({error.strerror}); another port, or 0 for none") from error
+        raise OSError(
+            error.errno, f"prometheus_port={port} cannot be served ({error.strerror}); another port, or 0 for none"
+        ) from error
 
     def stop() -> None:
         server.shutdown()

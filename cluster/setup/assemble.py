@@ -49,7 +49,10 @@ def _objective(run: Run, network: Functional) -> Objective:
             raise ValueError("RL tasks want a policy: --model.name gaussian_mlp")
         keys = run.control
         if keys.exploration and not single_loss(run.learner):
-            raise ValueError(f"control.exploration={keys.exploration}: the outer loss of {type(run.learner).__name__} has no place for it")
+            raise ValueError(
+                f"control.exploration={keys.exploration}: the outer loss of {type(run.learner).__name__} has no place "
+                "for it"
+            )
         return Control(network, run.task, keys.inner_loss, keys.discount, keys.gae, keys.exploration)
     return Supervised(
         network,
@@ -62,21 +65,29 @@ def _objective(run: Run, network: Functional) -> Objective:
 
 
 def _check_attacks(run: Run) -> None:
-    """Raise ValueError for attacks that the tasks do not admit, and for learners that want labels where there are none."""
+    """Raise ValueError for attacks that the tasks do not admit, and for learners that want labels where there are
+    none.
+    """
     eps, name = run.evaluation.robustness.eps, type(run.learner).__name__
     own = getattr(run.learner, "attack", None)
     if eps and isinstance(run.task, DataFree):
         raise ValueError(f"eps={eps}: attacks are in pixels, and the images of data-free runs are normalised")
     if run.task.kind == "control":
         if eps:
-            raise ValueError(f"evaluation.robustness.eps={eps}: attacks are on the inputs of examples, and RL tasks have none")
+            raise ValueError(
+                f"evaluation.robustness.eps={eps}: attacks are on the inputs of examples, and RL tasks have none"
+            )
         if own is not None or isinstance(run.learner, DataFreeMAML | ProtoNet):
             raise ValueError(f"{name} wants labelled examples, and RL tasks have none")
     elif run.task.kind == "regression":
-        for key, attack in (("learner.attack", own), ("evaluation.robustness", run.evaluation.robustness if eps else None)):
+        for key, attack in (
+            ("learner.attack", own),
+            ("evaluation.robustness", run.evaluation.robustness if eps else None),
+        ):
             if attack and (math.isfinite(attack.low) or math.isfinite(attack.high)):
                 raise ValueError(
-                    f"{key} keeps inputs within [{attack.low:g}, {attack.high:g}], as pixels are; for {type(run.task).__name__} "
+                    f"{key} keeps inputs within [{attack.low:g}, {attack.high:g}], as pixels are; for "
+                    f"{type(run.task).__name__} "
                     f"--{key}.low=-inf --{key}.high=inf wanted"
                 )
 
@@ -89,8 +100,9 @@ def pool(run: Run, parts: Recipe) -> Iterator[Pool]:
     else:
         from cluster.fleet.ray_pool import RayPool  # importing Ray takes its time; local runs do without
 
-        fleet = RayPool(parts, run.workers, least=run.min_workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker,
-                        address=run.address, sums=run.sums, limits=run.policy.deadlines, straggler=run.straggler)  # fmt: skip
+        fleet = RayPool(parts, run.workers, least=run.min_workers, cpus_per_worker=run.cpus_per_worker,
+                        gpus_per_worker=run.gpus_per_worker, address=run.address, sums=run.sums,
+                        limits=run.policy.deadlines, straggler=run.straggler)  # fmt: skip
     try:
         yield fleet
     finally:

@@ -33,7 +33,8 @@ from learners.purer.calibration import DataFreeMAML
 from learners.purer.outer import Purer
 
 TASKS: dict[str, type] = {
-    "sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation, "locomotion": Locomotion, "data_free": DataFree,
+    "sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation, "locomotion": Locomotion,
+    "data_free": DataFree,
 }  # fmt: skip
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
 MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4, "resnet": ResNet, "gaussian_mlp": GaussianMLP}

@@ -19,9 +19,9 @@ BEGINNING = "init_from"
 def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
     """The runs of a comparison: a base with a table `[runs.NAME]` of differences for each, all at the same budget.
 
-    `passes` is how many backward passes over a support or query set each may take in all, `env_steps` how many time steps
-    of RL tasks; iterations follow, unless a run says its own. `overrides` are top-level keys for every run. Raises
-    ValueError for a RUN that is no comparison.
+    `passes` is how many backward passes over a support or query set each may take in all, `env_steps` how many time
+    steps of RL tasks; iterations follow, unless a run says its own. `overrides` are top-level keys for every run.
+    Raises ValueError for a RUN that is no comparison.
     """
     table = config.read(name)
     variants, budget = table.pop(config.VARIANTS, None), {k: table.pop(k) for k in BUDGETS if k in table}
@@ -29,7 +29,8 @@ def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
     tables = isinstance(variants, dict) and variants and all(isinstance(v, dict) for v in variants.values())
     if not tables or len(budget) != 1 or type(allowed) is not int or allowed < 1:
         raise ValueError(
-            f"RUN={name!r} is not a comparison: tables [{config.VARIANTS}.NAME] and {' or '.join(BUDGETS)} = a whole number wanted"
+            f"RUN={name!r} is not a comparison: tables [{config.VARIANTS}.NAME] and {' or '.join(BUDGETS)} = a whole "
+            "number wanted"
         )
     runs = {}
     for variant, differences in variants.items():
@@ -42,14 +43,18 @@ def comparison(name: str, overrides: Table | None = None) -> dict[str, Run]:
 
 
 def beginnings(name: str) -> dict[str, str]:
-    """Runs of a comparison that begin from the θ of another one (`init_from` in their table), which must stand before them."""
+    """Runs of a comparison that begin from the θ of another one (`init_from` in their table), which must stand before
+    them.
+    """
     found: dict[str, str] = {}
     before: list[str] = []
     for variant, differences in config.read(name).get(config.VARIANTS, {}).items():
         if BEGINNING in differences:
             found[variant] = differences[BEGINNING]
             if found[variant] not in before:
-                raise ValueError(f"{config.VARIANTS}.{variant}.{BEGINNING}={found[variant]!r}: a run that stands before it wanted")
+                raise ValueError(
+                    f"{config.VARIANTS}.{variant}.{BEGINNING}={found[variant]!r}: a run that stands before it wanted"
+                )
         before.append(variant)
     return found
 

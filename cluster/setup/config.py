@@ -34,7 +34,9 @@ def load(name: str, overrides: dict[str, str] | None = None) -> Run:
 
 
 def read(name: str, extending: tuple[Place, ...] = ()) -> Table:
-    """The raw table of a preset or file, with what it extends merged in; a path in `extends` is relative to its file."""
+    """The raw table of a preset or file, with what it extends merged in; a path in `extends` is relative to its
+    file.
+    """
     path = find(name, extending[-1].parent if extending else Path())
     if path in extending:
         raise ValueError(f"{path} extends itself, by way of {', '.join(p.name for p in extending)}")
@@ -61,7 +63,8 @@ def find(name: str, folder: Place = Path()) -> Place:
     path = PRESETS / f"{name}.toml"
     if not path.exists():
         raise ValueError(
-            f"RUN={name!r} is neither a preset nor a .toml file{nearest(name, presets()) or '; `metafleet list` shows the presets'}"
+            f"RUN={name!r} is neither a preset nor a .toml "
+            f"file{nearest(name, presets()) or '; `metafleet list` shows the presets'}"
         )
     return path
 

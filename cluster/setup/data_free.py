@@ -1,4 +1,6 @@
-"""What a data-free run takes from its teachers: facts about them when it is resolved, objective and θ₀ when it is assembled."""
+"""What a data-free run takes from its teachers: facts about them when it is resolved, objective and θ₀ when it is
+assembled.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def taught(run: Run, task: DataFree, before: TaskFamily | None) -> Run:
         found = teacher_pool(task)
         kinds = {name: i for i, name in enumerate(dict.fromkeys(found.names))}
         shared = tuple(kinds[name] for name in found.names) if len(kinds) < len(found.names) else ()
-        before = replace(task, teachers=len(found.teachers), teacher_ways=found.ways, kinds=shared, mean=found.mean, std=found.std)
+        before = replace(
+            task, teachers=len(found.teachers), teacher_ways=found.ways, kinds=shared, mean=found.mean, std=found.std
+        )
     elif task.teachers:
         return run  # it says so itself
     said = {k: getattr(before, k) for k in ("teachers", "teacher_ways", "kinds", "mean", "std")}
@@ -47,7 +51,9 @@ def assembled(run: Run, task: DataFree, network: Functional) -> tuple[Objective,
     if task.ways > len(set(pool.names)):
         raise ValueError(f"ways={task.ways} exceeds the {len(set(pool.names))} classes that the teachers know")
     if not isinstance(run.outer, Purer):
-        raise ValueError(f"a data-free task wants the outer step of PURER (--outer.name purer), not {type(run.outer).__name__}")
+        raise ValueError(
+            f"a data-free task wants the outer step of PURER (--outer.name purer), not {type(run.outer).__name__}"
+        )
     if run.execution != "loop":
         raise ValueError(f"execution={run.execution!r}: teachers differ from each other, so that tasks run in a loop")
     objective = DataFreeObjective(

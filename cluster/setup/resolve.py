@@ -17,17 +17,19 @@ from learners.base import training_steps
 from learners.engine import execution
 
 RESUMABLE = (
-    "iterations", "workers", "min_workers", "pool", "address", "cpus_per_worker", "gpus_per_worker", "allow_mixed_fleet", "checkpoint",
-    "evaluation", "sums", "prometheus_port", "policy.deadlines", "policy.max_attempts",
+    "iterations", "workers", "min_workers", "pool", "address", "cpus_per_worker", "gpus_per_worker",
+    "allow_mixed_fleet", "checkpoint", "evaluation", "sums", "prometheus_port", "policy.deadlines",
+    "policy.max_attempts",
 )  # fmt: skip
 """Keys, and tables of keys, that may change when a run goes on: the fleet, and what looks at θ without moving it."""
 
 
 def resolved(run: Run, before: Run | None = None) -> tuple[Run, str]:
-    """`run` with nothing left open, and one sentence on its execution; `before`: the same run as it was resolved when it began.
+    """`run` with nothing left open, and one sentence on its execution; `before`: the same run as it was resolved when
+    it began.
 
-    A new run's data is fetched for that. The decisions do not depend on the number of workers, so that the numbers do not
-    either. Raises ValueError where the run that began was another one.
+    A new run's data is fetched for that. The decisions do not depend on the number of workers, so that the numbers do
+    not either. Raises ValueError where the run that began was another one.
     """
     if before is None:
         run.task.prepare()
@@ -76,7 +78,8 @@ def check_resumable(old: Run, new: Run) -> None:
     for key in before | after:
         if before.get(key) != after.get(key) and not within(key, RESUMABLE):
             raise ValueError(
-                f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: it cannot change on resume "
+                f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: it cannot change on "
+                "resume "
                 f"(only {', '.join(RESUMABLE)} can); use another directory for another run"
             )
 
@@ -87,4 +90,7 @@ def idle_workers(run: Run) -> tuple[str, str] | None:
     if run.pool != "ray" or not isinstance(run.policy, Synchronous) or shards >= run.workers:
         return None
     smaller = next(s for s in range(max(1, run.meta_batch // run.workers), 0, -1) if run.meta_batch % s == 0)
-    return f"a meta-batch of {run.meta_batch} in shards of {run.shard} keeps {shards} of {run.workers} workers busy", f"--shard {smaller}"
+    return (
+        f"a meta-batch of {run.meta_batch} in shards of {run.shard} keeps {shards} of {run.workers} workers busy",
+        f"--shard {smaller}",
+    )

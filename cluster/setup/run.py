@@ -40,7 +40,8 @@ class ControlKeys:
     """The policy-gradient objective of RL tasks."""
 
     inner_loss: InnerLoss = "log_likelihood"
-    """What inner steps descend: the paper's REINFORCE form, or estimators whose curvature is better (likelihood_ratio, dice)."""
+    """What inner steps descend: the paper's REINFORCE form, or estimators whose curvature is better (likelihood_ratio,
+    dice)."""
     discount: float = 0.99
     """γ."""
     gae: float = 1.0
@@ -110,7 +111,8 @@ class Run:
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters and data."""
     sums: Literal["driver", "fleet"] = "driver"
-    """Who adds contributions up: the driver, or the nodes, by the same tree, so that about one sum per node travels to it."""
+    """Who adds contributions up: the driver, or the nodes, by the same tree, so that about one sum per node travels to
+    it."""
     compression: Compression = "none"
     """Contributions on the wire: as computed, or rounded to bfloat16, half the bytes."""
     straggler: float = 1.0
@@ -137,7 +139,8 @@ class Run:
             raise ValueError(f"device={self.device!r}: cpu or cuda wanted")
         if self.device != "cpu" and self.pool == "ray" and not self.gpus_per_worker:
             raise ValueError(
-                f"device={self.device!r} with gpus_per_worker=0: on Ray a worker sees the GPUs that it reserves; a share like 0.5 will do"
+                f"device={self.device!r} with gpus_per_worker=0: on Ray a worker sees the GPUs that it reserves; a "
+                "share like 0.5 will do"
             )
 
     def network(self) -> Functional:

@@ -41,7 +41,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if choices is not None:
             name = rest.pop("name", None)
             if name not in choices:
-                raise ValueError(f"{path}.name={name!r} is not one of {', '.join(choices)}{nearest(str(name), list(choices))}")
+                raise ValueError(
+                    f"{path}.name={name!r} is not one of {', '.join(choices)}{nearest(str(name), list(choices))}"
+                )
             hint = choices[name]
         return from_table(hint, rest, f"{path}.")
     try:
@@ -82,7 +84,9 @@ def choose(table: Table, path: list[str], choice: str) -> None:
     for key in path[:-1]:
         table = table.setdefault(key, {})
     if table.get("name") != choice:
-        known = {f.name for choices in CHOICES.values() if choice in choices for f in dataclasses.fields(choices[choice])}
+        known = {
+            f.name for choices in CHOICES.values() if choice in choices for f in dataclasses.fields(choices[choice])
+        }
         kept = {k: v for k, v in table.items() if isinstance(v, dict) and k in known}
         table.clear()
         table.update(kept)

@@ -63,8 +63,9 @@ def describes(name: str) -> bool:
 def imported(description: Path, folder: Path) -> list[str]:
     """Take over anyone's models, as a TOML file describes them, into a pool in `folder`; their names.
 
-    The file has `shape`, `ways`, `mean`, `std` and for each [[teacher]] `file` (.safetensors, or a state dict saved by torch) and
-    `architecture` (a table as for `model` in a run). Raises ValueError for whatever does not fit; nothing is unpickled but tensors.
+    The file has `shape`, `ways`, `mean`, `std` and for each [[teacher]] `file` (.safetensors, or a state dict saved by
+    torch) and `architecture` (a table as for `model` in a run). Raises ValueError for whatever does not fit; nothing is
+    unpickled but tensors.
     """
     table = _toml(description)
     shape, ways, mean, std = _header(table, description)
@@ -82,7 +83,9 @@ def imported(description: Path, folder: Path) -> list[str]:
 
 
 def load(folder: Path) -> TeacherPool:
-    """Read a pool. Raises FileNotFoundError where there is none, ValueError where a file is damaged or does not fit its description."""
+    """Read a pool. Raises FileNotFoundError where there is none, ValueError where a file is damaged or does not fit its
+    description.
+    """
     table = _toml(folder / INDEX)
     shape, ways, mean, std = _header(table, folder / INDEX)
     teachers, specs, accuracy, names = [], [], [], []
@@ -101,7 +104,9 @@ def load(folder: Path) -> TeacherPool:
 
 
 def beginning(pool: TeacherPool, spec: ModelSpec, params: Params, start: str) -> Params:
-    """θ₀ of a run: `params`, or the mean or the best of the teachers of the run's architecture, the best with the run's own head."""
+    """θ₀ of a run: `params`, or the mean or the best of the teachers of the run's architecture, the best with the run's
+    own head.
+    """
     if start == "random":
         return params
     alike = [i for i, s in enumerate(pool.specs) if s == spec]
@@ -120,7 +125,9 @@ def beginning(pool: TeacherPool, spec: ModelSpec, params: Params, start: str) ->
 def _same_shapes(found: Params, wanted: Params, start: str) -> Params:
     for k, v in wanted.items():
         if found[k].shape != v.shape:
-            raise ValueError(f"outer.start={start!r}: {k} is {tuple(found[k].shape)} in the teachers, {tuple(v.shape)} in the model")
+            raise ValueError(
+                f"outer.start={start!r}: {k} is {tuple(found[k].shape)} in the teachers, {tuple(v.shape)} in the model"
+            )
     return found
 
 
@@ -128,7 +135,9 @@ def _model(entry: dict[str, Any], shape: tuple[int, int, int], ways: int, where:
     architecture = entry.get("architecture")
     if not isinstance(architecture, dict) or architecture.get("name") not in MODELS:
         raise ValueError(f"{where}: architecture={architecture!r}: a table with a name of {', '.join(MODELS)} wanted")
-    spec: ModelSpec = from_table(MODELS[architecture["name"]], {k: v for k, v in architecture.items() if k != "name"}, f"{where}: ")
+    spec: ModelSpec = from_table(
+        MODELS[architecture["name"]], {k: v for k, v in architecture.items() if k != "name"}, f"{where}: "
+    )
     model = functional(spec.build(shape, ways), torch.zeros(2, *shape))
     if not model.normalises:
         raise ValueError(f"{where}: {architecture['name']} has no BatchNorm layer, whose statistics inversion needs")
@@ -151,7 +160,9 @@ def _tensors(content: bytes, path: Path) -> Params:
 
 
 def _fitting(state: Params, model: Functional, where: str) -> Params:
-    """What `model` wants of `state`. The bias of a convolution, which ours have not, goes into the running mean subtracted behind it."""
+    """What `model` wants of `state`. The bias of a convolution, which ours have not, goes into the running mean
+    subtracted behind it.
+    """
     wanted = model.params() | model.running()
     for name, like in wanted.items():
         if name not in state:
@@ -200,12 +211,18 @@ def _toml(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    if not isinstance(table.get("teacher"), list) or not table["teacher"] or not all(isinstance(t, dict) for t in table["teacher"]):
+    if (
+        not isinstance(table.get("teacher"), list)
+        or not table["teacher"]
+        or not all(isinstance(t, dict) for t in table["teacher"])
+    ):
         raise ValueError(f"{path} describes no teachers: tables [[teacher]] wanted")
     return table
 
 
-def _header(table: dict[str, Any], path: Path) -> tuple[tuple[int, int, int], int, tuple[float, ...], tuple[float, ...]]:
+def _header(
+    table: dict[str, Any], path: Path
+) -> tuple[tuple[int, int, int], int, tuple[float, ...], tuple[float, ...]]:
     def numbers(key: str, kind: type, length: int) -> Iterator[Any]:
         value = table.get(key)
         if not isinstance(value, list) or len(value) != length or not all(isinstance(v, int | kind) for v in value):
@@ -227,10 +244,15 @@ def together(pools: list[TeacherPool]) -> TeacherPool:
     first = pools[0]
     for other in pools[1:]:
         if (other.shape, other.ways) != (first.shape, first.ways):
-            raise ValueError(f"pools of {first.ways} classes of {first.shape} and of {other.ways} classes of {other.shape} do not mix")
+            raise ValueError(
+                f"pools of {first.ways} classes of {first.shape} and of {other.ways} classes of {other.shape} do not "
+                "mix"
+            )
     return replace(
-        first, teachers=tuple(t for pool in pools for t in _in_units_of(first, pool)), specs=tuple(s for pool in pools for s in pool.specs),
-        accuracy=tuple(a for pool in pools for a in pool.accuracy), names=tuple(n for pool in pools for n in pool.names),
+        first, teachers=tuple(t for pool in pools for t in _in_units_of(first, pool)),
+        specs=tuple(s for pool in pools for s in pool.specs),
+        accuracy=tuple(a for pool in pools for a in pool.accuracy),
+        names=tuple(n for pool in pools for n in pool.names),
     )  # fmt: skip
 
 

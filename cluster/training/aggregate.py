@@ -43,7 +43,9 @@ class Bracket(Generic[T]):
                 return
             a, b = self._nodes.pop(left), self._nodes.pop(right, None)
             level, position = level + 1, position >> 1
-            self._nodes[level, position] = self._plus(a, b) if a is not None and b is not None else (b if a is None else a)
+            self._nodes[level, position] = (
+                self._plus(a, b) if a is not None and b is not None else (b if a is None else a)
+            )
 
     def total(self) -> T | None:
         """The sum of all places; None where all are empty. Raises ValueError while some are missing."""
@@ -91,7 +93,9 @@ class Tree:
         self._bracket.place(index, None)
 
     def total(self) -> Sum:
-        """The sum over all shards. Raises ValueError where every one was rejected, Lost where one that was elsewhere is gone."""
+        """The sum over all shards. Raises ValueError where every one was rejected, Lost where one that was elsewhere is
+        gone.
+        """
         root = self._bracket.total()
         if root is None or self.layout is None:
             raise ValueError(f"all {self.shards} shards were rejected")
@@ -113,7 +117,9 @@ def _plus(left: Node, right: Node) -> Node:
 
 
 def is_finite(contribution: Contribution) -> bool:
-    """Whether every number of the total, and of rows that are carried, is finite; the worker's word for a total that is elsewhere."""
+    """Whether every number of the total, and of rows that are carried, is finite; the worker's word for a total that is
+    elsewhere.
+    """
     if not all(np.isfinite(v).all() for name, v in contribution.rows.items() if name.startswith(CARRIED)):
         return False
     vector = contribution.vector

@@ -36,10 +36,11 @@ class Late(NamedTuple):
 class Asynchronous(Policy):
     """Step after every `buffer` contributions, whoever they are from; no worker ever waits for another.
 
-    A contribution computed at version v and applied at version v + s has staleness s. With wᵢ = (1 + sᵢ)^−power and nᵢ its
-    tasks, G = Σ wᵢ totalᵢ / Σ wᵢ nᵢ, and the step's rate is multiplied by mean(wᵢ)^damping: an adaptive optimiser
+    A contribution computed at version v and applied at version v + s has staleness s. With wᵢ = (1 + sᵢ)^−power and nᵢ
+    its tasks, G = Σ wᵢ totalᵢ / Σ wᵢ nᵢ, and the step's rate is multiplied by mean(wᵢ)^damping: an adaptive optimiser
     would cancel a mere scale of G. Beyond `max_staleness` a contribution is dropped and its tasks are asked for again.
-    (Staleness weights: Zhang et al. 2016, Nguyen et al. 2022; compensation gᵢ + λ gᵢ ∘ gᵢ ∘ (θ_now − θ_then): Zheng et al. 2017.)
+    (Staleness weights: Zhang et al. 2016, Nguyen et al. 2022; compensation gᵢ + λ gᵢ ∘ gᵢ ∘ (θ_now − θ_then): Zheng et
+    al. 2017.)
 
     `buffer` of a whole meta-batch with `in_flight` the same is the synchronous run, bit for bit.
     """
@@ -68,7 +69,9 @@ class Asynchronous(Policy):
     def check(self, outer: Outer) -> None:
         """Raise ValueError for an outer step of several rounds: they must all see one θ."""
         if not isinstance(outer, OneRound):
-            raise ValueError(f"an asynchronous policy wants an outer step of one round, {type(outer).__name__} takes several")
+            raise ValueError(
+                f"an asynchronous policy wants an outer step of one round, {type(outer).__name__} takes several"
+            )
 
     def begin(self, outer: Outer, dispatcher: Dispatcher, batch: Batch, work: Work) -> Stepper:
         """Set to work, where `work` was left."""
@@ -77,7 +80,9 @@ class Asynchronous(Policy):
         return Flow(self, outer, dispatcher, batch, work)
 
     def combined(self, late: Sequence[Late | None], now: Params) -> tuple[Sum, float]:
-        """(G as a sum, factor of the rate) of contributions in the order of their shards, θ being `now`, packed; None: a rejected one."""
+        """(G as a sum, factor of the rate) of contributions in the order of their shards, θ being `now`, packed; None:
+        a rejected one.
+        """
         weights = [(1.0 + c.staleness) ** -self.power if c else 0.0 for c in late]
         parts = [_scaled(self._current(c, now), w) if c else None for c, w in zip(late, weights, strict=True)]
         total = bracketed(parts, _plus)
@@ -86,8 +91,8 @@ class Asynchronous(Policy):
         return total, (sum(weights) / sum(c is not None for c in late)) ** self.damping
 
     def _current(self, c: Late, now: Params) -> Sum:
-        """A stale sum as of `now`: what was added to slots since then (a clock, running statistics) stays added, and if there is
-        compensation, λ gᵢ ∘ gᵢ ∘ (θ_now − θ_then) is added to the mean gᵢ of its tasks.
+        """A stale sum as of `now`: what was added to slots since then (a clock, running statistics) stays added, and if
+        there is compensation, λ gᵢ ∘ gᵢ ∘ (θ_now − θ_then) is added to the mean gᵢ of its tasks.
         """
         if not c.staleness:
             return c.total
@@ -134,7 +139,8 @@ class Flow:
         self._wanted = self.policy.buffer or self.batch.shards
         if 0 < self.policy.in_flight < self._wanted:
             raise ValueError(
-                f"policy.in_flight={self.policy.in_flight} is below the {self._wanted} shards of a step, which would never be full"
+                f"policy.in_flight={self.policy.in_flight} is below the {self._wanted} shards of a step, which would "
+                "never be full"
             )
 
     def step(self, meta: Meta, state: Params, version: int) -> Step:
@@ -154,7 +160,9 @@ class Flow:
         staleness = [float(c.staleness) for c in late]
         metrics = logged(total) | own | {"async/rate_factor": factor, "async/staleness_max": max(staleness)}
         metrics |= {"async/staleness_mean": sum(staleness) / len(late), "async/in_flight": float(len(self._way))}
-        metrics |= {"async/waiting": float(len(self._buffer))} | {f"fleet/dropped_{k}": float(n) for k, n in self._dropped.items()}
+        metrics |= {"async/waiting": float(len(self._buffer))} | {
+            f"fleet/dropped_{k}": float(n) for k, n in self._dropped.items()
+        }
         seconds = sum(u.round.busy.total() for u in used)
         metrics |= times(metrics, time.perf_counter() - begin, seconds, len(used) * self.batch.size)
         tickets = [t for u in used for t in u.round.tickets]
@@ -174,7 +182,9 @@ class Flow:
                 shard, self._following = self._following, self._following + 1
             handle, _ = self._published[version]
             tasks = Shards("train", shard * self.batch.size, 1, self.batch.size)
-            self._way.append(_Under(shard, version, self.dispatcher.start("gradient", handle, None, tasks, tolerated=1)))
+            self._way.append(
+                _Under(shard, version, self.dispatcher.start("gradient", handle, None, tasks, tolerated=1))
+            )
 
     def _room(self) -> bool:
         if self.policy.in_flight:
@@ -191,7 +201,8 @@ class Flow:
             if under.round.rejected and sum(self._rejected) > max(1.0, self.policy.max_rejected * REMEMBERED):
                 raise RunStopped(
                     f"{sum(self._rejected)} of the last {len(self._rejected)} shards are not finite (more than "
-                    f"{self.policy.max_rejected:.0%} of {REMEMBERED}): the run diverges; a smaller rate or gradient clipping may help"
+                    f"{self.policy.max_rejected:.0%} of {REMEMBERED}): the run diverges; a smaller rate or gradient "
+                    "clipping may help"
                 )
         self._drop(version)
 

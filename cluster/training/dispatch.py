@@ -65,12 +65,17 @@ class Dispatcher:
     that a worker is broken, and is counted as corruption.
     """
 
-    def __init__(self, pool: Pool, ledger: Ledger, *, max_attempts: int = 5, max_rejected: float = 0.1, quarantine: int = 3,
-                 backups: float = 0.0,
+    def __init__(self, pool: Pool, ledger: Ledger, *, max_attempts: int = 5, max_rejected: float = 0.1,
+                 quarantine: int = 3, backups: float = 0.0,
                  on_event: Callable[[FleetEvent], None] = lambda event: None,
                  interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
         self.pool, self.ledger = pool, ledger
-        self.max_attempts, self.max_rejected, self.quarantine, self.backups = max_attempts, max_rejected, quarantine, backups
+        self.max_attempts, self.max_rejected, self.quarantine, self.backups = (
+            max_attempts,
+            max_rejected,
+            quarantine,
+            backups,
+        )
         self._on_event, self._interrupted = on_event, interrupted
         self._queues: tuple[deque[Assignment], deque[Assignment]] = (deque(), deque())  # training, background
         self._rounds: dict[int, Round] = {}  # open ticket → its round
@@ -118,11 +123,17 @@ class Dispatcher:
             self._rounds[ticket] = round_
             if background:
                 self._background.add(ticket)
-            self._enqueue(Assignment(ticket, 0, round_.verb, round_.at, round_.operand, shards.split, first, first + shards.size, 0))
+            self._enqueue(
+                Assignment(
+                    ticket, 0, round_.verb, round_.at, round_.operand, shards.split, first, first + shards.size, 0
+                )
+            )
 
     def _repeat(self, round_: Round, reason: str) -> None:
         """Ask for a whole round again: part of its sum was lost after it had arrived."""
-        log.warning("%r of tasks from %d on: %s; asking for all of them again", round_.verb, round_.shards.start, reason)
+        log.warning(
+            "%r of tasks from %d on: %s; asking for all of them again", round_.verb, round_.shards.start, reason
+        )
         for ticket in round_.tickets:
             if ticket in self.ledger.held:
                 self.ledger.drop(ticket, reason)
@@ -140,13 +151,17 @@ class Dispatcher:
                 self._repeat(wanted, str(error))
 
     def collect(self, done: Round) -> Sum:
-        """The sum of a round that is done. Raises Lost where it stayed elsewhere and is gone, RunStopped where that goes on and on."""
+        """The sum of a round that is done. Raises Lost where it stayed elsewhere and is gone, RunStopped where that
+        goes on and on.
+        """
         try:
             total = done.total()
         except Lost as error:
             self._lost += 1
             if self._lost >= self.max_attempts:
-                raise RunStopped(f"{self._lost} sums in a row were lost where they were made; the last time: {error}") from error
+                raise RunStopped(
+                    f"{self._lost} sums in a row were lost where they were made; the last time: {error}"
+                ) from error
             raise
         self._lost = 0
         return total
@@ -211,13 +226,17 @@ class Dispatcher:
         if failure.attempt != assignment.attempt:
             return  # a later attempt is under way
         if assignment.attempt + 1 >= self.max_attempts:
-            raise RunStopped(f"{where} failed {self.max_attempts} times; the last time on {failure.worker}: {failure.reason}")
+            raise RunStopped(
+                f"{where} failed {self.max_attempts} times; the last time on {failure.worker}: {failure.reason}"
+            )
         log.warning("%s: %s on %s (%s); trying again", where, failure.kind, failure.worker, failure.reason)
         self._enqueue(replace(assignment, attempt=assignment.attempt + 1))
 
     def _quarantine(self, failure: Failure, where: str) -> None:
         round_ = self._close(failure.ticket)
-        self.ledger.quarantine(failure.ticket, f"{self.quarantine} workers died of it, the last one {failure.worker}: {failure.reason}")
+        self.ledger.quarantine(
+            failure.ticket, f"{self.quarantine} workers died of it, the last one {failure.worker}: {failure.reason}"
+        )
         log.error("%s killed %d workers (the last one %s: %s): in quarantine, the run goes on without them",
                   where, self.quarantine, failure.worker, failure.reason)  # fmt: skip
         self._go_without(round_, failure.ticket, f"{where} kill workers")
@@ -253,12 +272,20 @@ class Dispatcher:
         else:
             self._corrupted(answer)
             self._retry(
-                Failure(ticket, self.ledger.open[ticket].attempt, answer.worker, "error", "numbers that are not finite, and differ")
+                Failure(
+                    ticket,
+                    self.ledger.open[ticket].attempt,
+                    answer.worker,
+                    "error",
+                    "numbers that are not finite, and differ",
+                )
             )
 
     def _corrupted(self, answer: Contribution) -> None:
         self.ledger.counts["corrupted"] += 1
-        log.warning("ticket %d gave different answers to the same work; the last worker was %s", answer.ticket, answer.worker)
+        log.warning(
+            "ticket %d gave different answers to the same work; the last worker was %s", answer.ticket, answer.worker
+        )
 
     def _settle(self, answer: Contribution) -> None:
         verb, begun = self.ledger.open[answer.ticket].verb, self._since[answer.ticket]
@@ -276,7 +303,8 @@ class Dispatcher:
         log.warning("%s give numbers that are not finite; rejected", _tasks(a))
         self._go_without(
             round_, ticket,
-            f"{round_.rejected + 1} of {round_.shards.count} shards of {a.verb!r} are not finite (more than {self.max_rejected:.0%}): "
+            f"{round_.rejected + 1} of {round_.shards.count} shards of {a.verb!r} are not finite (more than "
+            f"{self.max_rejected:.0%}): "
             "the run diverges; a smaller rate or gradient clipping may help",
         )  # fmt: skip
 

@@ -42,13 +42,13 @@ class Driver:
     the run goes on from the newest good one.
     """
 
-    def __init__(self, recipe: Recipe, params: Params, pool: Pool, directory: str | Place, *, iterations: int, meta_batch: int,
-                 shard: int, policy: Policy = DEFAULT, checkpoint: Checkpointing | None = None,
+    def __init__(self, recipe: Recipe, params: Params, pool: Pool, directory: str | Place, *, iterations: int,
+                 meta_batch: int, shard: int, policy: Policy = DEFAULT, checkpoint: Checkpointing | None = None,
                  evaluation: Evaluation | None = None, allow_mixed_fleet: bool = False, lease: Lease | None = None,
                  prometheus_port: int = 0, hparams: dict[str, object] | None = None, begin: Meta | None = None,
                  interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
-        """`lease`: one on the directory that the caller holds; without it the driver takes its own. `begin`: what another run
-        learned, to go on from. `prometheus_port`: where to serve the metrics; 0: nowhere.
+        """`lease`: one on the directory that the caller holds; without it the driver takes its own. `begin`: what
+        another run learned, to go on from. `prometheus_port`: where to serve the metrics; 0: nowhere.
         """
         if iterations < 0 or shard < 1 or meta_batch < 1 or meta_batch % shard:
             raise ValueError(f"meta_batch={meta_batch} is not a positive multiple of shard={shard}")
@@ -64,11 +64,14 @@ class Driver:
         self.meta, self.state = initial(recipe, params, begin)
         if getattr(recipe.outer, "schedule", "constant") != "constant" and not getattr(recipe.outer, "horizon", 0):
             log.warning(
-                "outer.schedule has no horizon, at which it ends (the command line takes the run's iterations): the rate stays as it is"
+                "outer.schedule has no horizon, at which it ends (the command line takes the run's iterations): the "
+                "rate stays as it is"
             )
         if recipe.compression != "none" and self.meta.slots:
             names = ", ".join(list(self.meta.slots)[:3])
-            raise ValueError(f"compression={recipe.compression!r} would round what the run carries on ({names}): 'none' wanted")
+            raise ValueError(
+                f"compression={recipe.compression!r} would round what the run carries on ({names}): 'none' wanted"
+            )
         self._best: dict[str, float] = {}
         self._facts = identity(recipe, self.meta, meta_batch, shard)
         self._pending: Pending | None = None
@@ -114,15 +117,19 @@ class Driver:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. A disk that cannot take it is a warning: the last good one stays, and we try again; one that cannot take the
-        journal ends the run (OSError).
+        """Write a checkpoint. A disk that cannot take it is a warning: the last good one stays, and we try again; one
+        that cannot take the journal ends the run (OSError).
         """
         self._saved_at = time.monotonic()
         self.journal.sync()
         try:
             self._save(self._snapshot())
         except OSError as error:
-            log.warning("checkpoint at iteration %d not written (%s); the last good one stays, will try again", self.iteration, error)
+            log.warning(
+                "checkpoint at iteration %d not written (%s); the last good one stays, will try again",
+                self.iteration,
+                error,
+            )
 
     def _open(self, stack: ExitStack) -> None:
         """Restore the newest checkpoint, open journal and monitor; `stack` closes them."""
@@ -140,8 +147,8 @@ class Driver:
         if tickets:  # of an attempt that was killed
             self.journal.write("abandon", tickets=tickets)
         self.journal.write(
-            "attempt", schema=JOURNAL_SCHEMA, attempt=self.lease.attempt, iteration=self.iteration, theta=digest(self.meta),
-            configuration=self._hparams, driver=environment(), **self._facts,
+            "attempt", schema=JOURNAL_SCHEMA, attempt=self.lease.attempt, iteration=self.iteration,
+            theta=digest(self.meta), configuration=self._hparams, driver=environment(), **self._facts,
         )  # fmt: skip
         self.dispatcher = Dispatcher(
             self.pool, self.ledger, max_attempts=self.policy.max_attempts, max_rejected=self.policy.max_rejected,
@@ -149,10 +156,14 @@ class Driver:
             on_event=self._fleet_event, interrupted=self._interrupted,
         )  # fmt: skip
         batch = Batch(self.meta_batch // self.shard, self.shard, self.recipe.groups())
-        self.stepper = self.policy.begin(self.recipe.outer, self.dispatcher, batch, restored.work if restored else Work())
+        self.stepper = self.policy.begin(
+            self.recipe.outer, self.dispatcher, batch, restored.work if restored else Work()
+        )
         self.mirror = Mirror(self.directory, self.lease.check, kept=("metrics.jsonl",))
         stack.callback(self.mirror.close)
-        self.monitor = Monitor(self.mirror.local, self.iteration, self.iterations, prometheus_port=self._prometheus_port, counters=COUNTS)
+        self.monitor = Monitor(
+            self.mirror.local, self.iteration, self.iterations, prometheus_port=self._prometheus_port, counters=COUNTS
+        )
         stack.callback(self.monitor.close)
         if restored and restored.evaluation_due and self.evaluation.validation_tasks:
             self._evaluate()
@@ -164,7 +175,8 @@ class Driver:
             seen = state.facts.get(key)
             if seen != wanted:
                 raise ValueError(
-                    f"{self.directory} holds a run with {key} = {seen}, this one has {wanted}: another run needs another directory"
+                    f"{self.directory} holds a run with {key} = {seen}, this one has {wanted}: another run needs "
+                    "another directory"
                 )
         self.iteration, self.meta, self.state, self._best = state.iteration, state.meta, state.outer, state.best
         self._facts = state.facts
@@ -173,7 +185,9 @@ class Driver:
     def _apply(self, step: Step) -> None:
         self.meta, self.state = step.meta, step.state
         self.iteration += 1
-        self.journal.write("apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta), **step.record)
+        self.journal.write(
+            "apply", version=self.iteration, tickets=step.tickets, theta=digest(self.meta), **step.record
+        )
         self.ledger.apply(step.tickets)
         fleet = {f"fleet/{k}": float(v) for k, v in self.ledger.counts.items()} | {
             "fleet/workers": float(len(self.roster.workers)), "fleet/nodes": float(len(self.roster.nodes)),
@@ -197,8 +211,8 @@ class Driver:
         if isinstance(self.recipe.outer, Shows):
             for name, images in self.recipe.outer.shown(self.state).items():
                 self.monitor.images(self.iteration, name, images)
-        self._pending = Pending(self.dispatcher, self._snapshot(), "validation", self.evaluation.validation_tasks, self.shard,
-                                groups=self.recipe.groups())  # fmt: skip
+        self._pending = Pending(self.dispatcher, self._snapshot(), "validation", self.evaluation.validation_tasks,
+                                self.shard, groups=self.recipe.groups())  # fmt: skip
 
     def _collect(self, *, wait: bool) -> None:
         """Take in a background evaluation that is done, or wait for it."""
@@ -228,13 +242,16 @@ class Driver:
 
     def _stop(self, state: str) -> None:
         self.dispatcher.abandon()
-        # An evaluation under way cannot be carried over, but the state it began from can: a few iterations are computed again.
+        # An evaluation under way cannot be carried over, but the state it began from can: a few iterations are computed
+        # again.
         due = replace(self._pending.state, evaluation_due=True) if self._pending else self._snapshot()
         self._pending = None
         self._status(state, now=True)
         self.journal.sync()
         self._save_last(due)
-        self.monitor.message(f"checkpoint at iteration {due.iteration} in {self.directory}; `metafleet resume` goes on from there")
+        self.monitor.message(
+            f"checkpoint at iteration {due.iteration} in {self.directory}; `metafleet resume` goes on from there"
+        )
 
     @retry(retry=retry_if_exception_type(OSError), stop=stop_after_attempt(3), wait=wait_fixed(1), reraise=True)
     def _save_last(self, state: State | None = None) -> None:
@@ -253,8 +270,8 @@ class Driver:
 
     def _status(self, state: str, *, now: bool = False) -> None:
         self.monitor.status(
-            state, self.iteration, now=now, attempt=self.lease.attempt, workers=self.roster.workers, nodes=self.roster.nodes,
-            counts=self.ledger.counts, best=self._best,
+            state, self.iteration, now=now, attempt=self.lease.attempt, workers=self.roster.workers,
+            nodes=self.roster.nodes, counts=self.ledger.counts, best=self._best,
         )  # fmt: skip
 
     def _fleet_event(self, event: FleetEvent) -> None:

@@ -47,7 +47,14 @@ class Evaluation:
     """Test tasks drawn in the final picture; 0: no picture."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("validation_tasks", 0), ("tasks", 1), ("steps", 0), ("seed", 0), ("pictures", 0)):
+        for name, least in (
+            ("every", 0),
+            ("validation_tasks", 0),
+            ("tasks", 1),
+            ("steps", 0),
+            ("seed", 0),
+            ("pictures", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least} wanted")
 

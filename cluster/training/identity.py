@@ -18,8 +18,9 @@ log = logging.getLogger("metafleet")
 
 
 def initial(recipe: Recipe, params: Params, begin: Meta | None = None) -> tuple[Meta, Params]:
-    """θ₀ and the outer step's first state, from a model's initial parameters; or as far as names and shapes agree with what another run
-    learned, `begin`: its θ, rates and running statistics, but not the learner's own slots (clocks, moments).
+    """θ₀ and the outer step's first state, from a model's initial parameters; or as far as names and shapes agree with
+    what another run learned, `begin`: its θ, rates and running statistics, but not the learner's own slots (clocks,
+    moments).
     """
     cast = getattr(torch, recipe.dtype)
     params = tree.apply(lambda v: v.detach().to("cpu", cast), params)
@@ -33,7 +34,9 @@ def initial(recipe: Recipe, params: Params, begin: Meta | None = None) -> tuple[
 
 
 def _taken(ours: Params, theirs: Params) -> Params:
-    return {k: theirs[k].to("cpu", v.dtype) if k in theirs and theirs[k].shape == v.shape else v for k, v in ours.items()}
+    return {
+        k: theirs[k].to("cpu", v.dtype) if k in theirs and theirs[k].shape == v.shape else v for k, v in ours.items()
+    }
 
 
 def identity(recipe: Recipe, meta: Meta, meta_batch: int, shard: int) -> dict[str, Any]:
@@ -42,8 +45,8 @@ def identity(recipe: Recipe, meta: Meta, meta_batch: int, shard: int) -> dict[st
         "tasks": repr(recipe.tasks) if is_dataclass(recipe.tasks) else type(recipe.tasks).__name__,
         "objective": recipe.objective.summary(), "learner": repr(recipe.learner), "outer": repr(recipe.outer),
         "seed": recipe.seed, "dtype": recipe.dtype,
-        "meta_batch": meta_batch, "shard": shard, "execution": recipe.execution, "chunk": recipe.chunk, "threads": recipe.threads,
-        "compression": recipe.compression,
+        "meta_batch": meta_batch, "shard": shard, "execution": recipe.execution, "chunk": recipe.chunk,
+        "threads": recipe.threads, "compression": recipe.compression,
         "parameters": {k: list(v.shape) for k, v in pack(*meta).items()},
     }  # fmt: skip
 

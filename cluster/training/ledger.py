@@ -9,16 +9,27 @@ from cluster.fleet.messages import Assignment
 from cluster.record.journal import Journal
 from envs.base import HELD_OUT
 
-COUNTS = ("dispatched", "applied", "dropped", "rejected", "quarantined", "abandoned", "retried", "duplicates", "corrupted")
+COUNTS = (
+    "dispatched",
+    "applied",
+    "dropped",
+    "rejected",
+    "quarantined",
+    "abandoned",
+    "retried",
+    "duplicates",
+    "corrupted",
+)
 ENDS = ("applied", "dropped", "rejected", "quarantined", "abandoned")
 
 
 @dataclass
 class Ledger:
-    """dispatched = applied + dropped + rejected + quarantined + abandoned + open + held, at any moment; journalled as it happens.
+    """dispatched = applied + dropped + rejected + quarantined + abandoned + open + held, at any moment; journalled as
+    it happens.
 
-    A ticket is open until its answer is there, then held until a step uses it or the policy drops it. Tickets of held-out
-    tasks are counted too, but not journalled: they leave no trace in θ, and are applied as they arrive.
+    A ticket is open until its answer is there, then held until a step uses it or the policy drops it. Tickets of
+    held-out tasks are counted too, but not journalled: they leave no trace in θ, and are applied as they arrive.
     """
 
     journal: Journal
@@ -41,7 +52,14 @@ class Ledger:
         if assignment.split not in HELD_OUT:
             a = assignment
             self.journal.write(
-                "dispatch", ticket=a.ticket, attempt=a.attempt, verb=a.verb, at=a.at, split=a.split, start=a.start, stop=a.stop
+                "dispatch",
+                ticket=a.ticket,
+                attempt=a.attempt,
+                verb=a.verb,
+                at=a.at,
+                split=a.split,
+                start=a.start,
+                stop=a.stop,
             )
 
     def is_open(self, ticket: int) -> bool:

@@ -55,7 +55,8 @@ class Policy(ABC):
     max_attempts: int = 5
     """Attempts at a shard before the run stops."""
     max_rejected: float = 0.1
-    """Share of a round (asynchronously: of the last hundred shards) that may be rejected as not finite before the run stops."""
+    """Share of a round (asynchronously: of the last hundred shards) that may be rejected as not finite before the run
+    stops."""
     quarantine: int = 3
     """Workers that may die of a shard before it is given up."""
 
@@ -64,12 +65,15 @@ class Policy(ABC):
             raise ValueError(f"quarantine={self.quarantine}: at least 1 wanted")
         if self.max_attempts < 1 or not 0 <= self.max_rejected <= 1:
             raise ValueError(
-                f"max_attempts={self.max_attempts}, max_rejected={self.max_rejected}: at least 1 and a share from 0 to 1 wanted"
+                f"max_attempts={self.max_attempts}, max_rejected={self.max_rejected}: at least 1 and a share from 0 to "
+                "1 wanted"
             )
 
     @property
     def backups(self) -> float:
-        """A shard out for this many times its verb's median is given to a second worker that has nothing to do; 0: never."""
+        """A shard out for this many times its verb's median is given to a second worker that has nothing to do; 0:
+        never.
+        """
         return 0.0
 
     def check(self, outer: Outer) -> None:  # noqa: B027 - most policies serve every outer step
@@ -85,7 +89,9 @@ SUMMED = ("perf/", "count/")
 
 def logged(result: Sum) -> dict[str, float]:
     """Means over tasks; sums of what is time (`perf/…`) or is counted (`count/…`)."""
-    rows = {name: values.double() for name, values in result.rows.items() if name != GROUP and not name.startswith(CARRIED)}
+    rows = {
+        name: values.double() for name, values in result.rows.items() if name != GROUP and not name.startswith(CARRIED)
+    }
     return {
         name if name.startswith(SUMMED) else f"train/{name}": float(v.sum() if name.startswith(SUMMED) else v.mean())
         for name, v in rows.items()
@@ -104,10 +110,14 @@ def times(metrics: dict[str, float], seconds: float, compute: float, tasks: int)
 def idle(workers: int, metrics: dict[str, float]) -> dict[str, float]:
     """What became of the workers' time in which they did not compute, in seconds summed over them.
 
-    Waiting: until the busiest worker of each round was done; a step without rounds has none. Communication: the rest, in which messages
-    travel and the driver works.
+    Waiting: until the busiest worker of each round was done; a step without rounds has none. Communication: the rest,
+    in which messages travel and the driver works.
     """
     compute = metrics["perf/compute_s"]
-    # What a worker computed before it was lost in this step is counted, the worker is not: the difference may be less than nothing.
+    # What a worker computed before it was lost in this step is counted, the worker is not: the difference may be less
+    # than nothing.
     waiting = max(0.0, workers * metrics.get("perf/busiest_s", 0.0) - compute)
-    return {"perf/waiting_s": waiting, "perf/communication_s": workers * metrics["perf/iteration_s"] - compute - waiting}
+    return {
+        "perf/waiting_s": waiting,
+        "perf/communication_s": workers * metrics["perf/iteration_s"] - compute - waiting,
+    }

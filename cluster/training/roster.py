@@ -1,4 +1,6 @@
-"""Who computes for a run: the workers and nodes that are there, and whether their numbers can be trusted to be equal."""
+"""Who computes for a run: the workers and nodes that are there, and whether their numbers can be trusted to be
+equal.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ log = logging.getLogger("metafleet")
 
 
 class Roster:
-    """Takes in what the fleet says of its members. Bits depend on versions and processor features: a fleet in which they differ
-    must be allowed explicitly.
+    """Takes in what the fleet says of its members. Bits depend on versions and processor features: a fleet in which
+    they differ must be allowed explicitly.
     """
 
     def __init__(self, facts: dict[str, Any], *, allow_mixed: bool) -> None:
@@ -41,4 +43,6 @@ class Roster:
         for who, seen in ((f"worker {event.worker}", event.detail), ("the driver", driver)):
             different = [f"{k} {v!r} instead of {wanted.get(k)!r}" for k, v in seen.items() if wanted.get(k) != v]
             if different:
-                raise RunStopped(f"{who} has {', '.join(different)}: results would depend on who computes what (--allow-mixed-fleet)")
+                raise RunStopped(
+                    f"{who} has {', '.join(different)}: results would depend on who computes what (--allow-mixed-fleet)"
+                )

@@ -16,8 +16,8 @@ class Synchronous(Policy):
     """Each round waits for the whole meta-batch; the result does not depend on the fleet."""
 
     backups: float = 0.0
-    """A shard out for this many times its verb's median is given to a second worker that has nothing to do, and the first answer
-    counts; 0: never. Numbers do not change."""
+    """A shard out for this many times its verb's median is given to a second worker that has nothing to do, and the
+    first answer counts; 0: never. Numbers do not change."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,8 @@ class Rounds:
             seconds = float(round_.busy.total())
             compute += seconds
             busiest += max(round_.busy.values(), default=0.0)
-            tickets.extend(t for t in round_.tickets if t in dispatcher.ledger.held)  # others were rejected: they have ended
+            # others were rejected: they have ended
+            tickets.extend(t for t in round_.tickets if t in dispatcher.ledger.held)
             metrics[f"perf/{verb}_s"] = metrics.get(f"perf/{verb}_s", 0.0) + seconds
             metrics.update(logged(result))
             return result
@@ -67,7 +68,11 @@ class Rounds:
             meta, state, own = self.outer.step(meta, state, reduce)
         finally:
             dispatcher.release(at)
-        metrics |= own | times(metrics, time.perf_counter() - begin, compute, shards.count * shards.size) | {"perf/busiest_s": busiest}
+        metrics |= (
+            own
+            | times(metrics, time.perf_counter() - begin, compute, shards.count * shards.size)
+            | {"perf/busiest_s": busiest}
+        )
         return Step(meta, state, metrics, tickets)
 
     def work(self, version: int) -> Work:

@@ -1,7 +1,8 @@
 """Bodies and goals, each a table; the MuJoCo models behind them.
 
 The two physics are different worlds whose returns cannot be compared, hence the names: `…_v5` is Gymnasium's, `…_paper`
-is that of the MAML paper (rllab: frame skip 1, another time step, velocity of the whole body's centre of mass, other costs).
+is that of the MAML paper (rllab: frame skip 1, another time step, velocity of the whole body's centre of mass, other
+costs).
 """
 
 from __future__ import annotations
@@ -63,19 +64,22 @@ _ANT: tuple[GoalName, ...] = ("direction", "velocity", "position", "direction_2d
 
 BODIES: dict[BodyName, Body] = {
     "half_cheetah_v5": Body("half_cheetah.xml", 6, 5, 0.01, _CHEETAH, fastest=2.0, control_cost=0.05),
-    "half_cheetah_paper": Body("half_cheetah.xml", 6, 1, 0.01, _CHEETAH, True, fastest=2.0, control_cost=0.05, noise=(0.01, 0.1)),
-    "ant_v5": Body(
-        "ant.xml", 8, 5, 0.01, _ANT, hidden=2, fastest=3.0, control_cost=0.005, contact_cost=5e-4, alive=0.05, heights=(0.2, 1.0)
+    "half_cheetah_paper": Body("half_cheetah.xml", 6, 1, 0.01, _CHEETAH, True, fastest=2.0, control_cost=0.05,
+    noise=(0.01, 0.1)), "ant_v5": Body(
+        "ant.xml", 8, 5, 0.01, _ANT, hidden=2, fastest=3.0, control_cost=0.005, contact_cost=5e-4, alive=0.05,
+        heights=(0.2, 1.0)
     ),
     "ant_paper": Body(
         "ant.xml", 8, 1, 0.02, _ANT, True, hidden=0, fastest=3.0, control_cost=0.005, contact_cost=5e-4, alive=0.05,
         heights=(0.2, 1.0), noise=(0.01, 0.1),
     ),
     "hopper_v5": Body(
-        "hopper.xml", 3, 4, 0.002, ("parameters",), alive=1.0, heights=(0.7, np.inf), upright=0.2, noise=(5e-3, 5e-3), uniform=True
+        "hopper.xml", 3, 4, 0.002, ("parameters",), alive=1.0, heights=(0.7, np.inf), upright=0.2, noise=(5e-3, 5e-3),
+        uniform=True
     ),
     "walker2d_v5": Body(
-        "walker2d_v5.xml", 6, 4, 0.002, ("parameters",), alive=1.0, heights=(0.8, 2.0), upright=1.0, noise=(5e-3, 5e-3), uniform=True
+        "walker2d_v5.xml", 6, 4, 0.002, ("parameters",), alive=1.0, heights=(0.8, 2.0), upright=1.0, noise=(5e-3, 5e-3),
+        uniform=True
     ),
 }  # fmt: skip
 
@@ -87,7 +91,8 @@ class Goal:
     draw: Callable[[np.random.Generator, Body], Arrays]
     """A task."""
     reward: Callable[[Floats, Floats, Floats, Body], Floats]
-    """(goals [t, 1, …], velocities [t, k, 2], places [t, k, 2], body) → reward [t, k] before costs; x and y, metres and seconds."""
+    """(goals [t, 1, …], velocities [t, k, 2], places [t, k, 2], body) → reward [t, k] before costs; x and y, metres and
+    seconds."""
 
 
 def _direction(goal: Floats, velocity: Floats, place: Floats, body: Body) -> Floats:
@@ -128,8 +133,8 @@ def _parameters(rng: np.random.Generator, body: Body) -> Arrays:
 
 RANDOM = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damping": 1.3}
 
-# direction and velocity: Finn et al. 2017; position: cbfinn/maml_rl; direction_2d: Rothfuss et al. 2019 (with the paper's
-# costs); parameters: dennisl88/rand_param_envs, where the task is the model itself.
+# direction and velocity: Finn et al. 2017; position: cbfinn/maml_rl; direction_2d: Rothfuss et al. 2019 (with the
+# paper's costs); parameters: dennisl88/rand_param_envs, where the task is the model itself.
 GOALS: dict[GoalName, Goal] = {
     "direction": Goal(lambda rng, body: {"goal": np.asarray(rng.choice([-1.0, 1.0]))}, _direction),
     "velocity": Goal(lambda rng, body: {"goal": np.asarray(rng.uniform(0, body.fastest))}, _velocity),
@@ -158,7 +163,9 @@ def published(name: BodyName, goal: GoalName, index: int) -> Arrays:
 
 @cache
 def load(body: Body) -> Any:
-    """The body's MuJoCo model: Gymnasium's file, changed in code for the paper's physics. One per process; nobody changes it."""
+    """The body's MuJoCo model: Gymnasium's file, changed in code for the paper's physics. One per process; nobody
+    changes it.
+    """
     import gymnasium
     import mujoco
 

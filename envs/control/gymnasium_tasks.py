@@ -16,14 +16,18 @@ from envs.control.rollout import Act, Floats, check_sizes, collect
 
 
 class GymnasiumWorld:
-    """Copies of an environment, stepped one after the other; an episode ends where the environment terminates or truncates."""
+    """Copies of an environment, stepped one after the other; an episode ends where the environment terminates or
+    truncates.
+    """
 
     ends = True
 
     def __init__(self, make: Callable[[], Any], set_task: Callable[[Any, dict[str, Any]], None]) -> None:
         self._make, self._set_task = make, set_task
         self._copies: list[Any] = [make()]
-        self.observations, self.actions = (int(np.prod(s.shape or 1)) for s in (self.first().observation_space, self.first().action_space))
+        self.observations, self.actions = (
+            int(np.prod(s.shape or 1)) for s in (self.first().observation_space, self.first().action_space)
+        )
 
     def first(self) -> Any:
         """One of the copies."""
@@ -57,7 +61,9 @@ class GymnasiumWorld:
 
 @dataclass(frozen=True)
 class GymnasiumTasks(ABC):
-    """Derive, say how a task is drawn (`sample`) and how an environment is set to it (`set_task`); observations and actions are boxes."""
+    """Derive, say how a task is drawn (`sample`) and how an environment is set to it (`set_task`); observations and
+    actions are boxes.
+    """
 
     id: str
     """The environment's id, as for `gymnasium.make`."""

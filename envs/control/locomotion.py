@@ -27,15 +27,18 @@ def world(body: BodyName, goal: GoalName, backend: str) -> LocomotionWorld:
 
 @dataclass(frozen=True)
 class Locomotion:
-    """A robot, and what it is to do: run forward or backward, at a velocity, to a place, or with another body each time."""
+    """A robot, and what it is to do: run forward or backward, at a velocity, to a place, or with another body each
+    time.
+    """
 
     body: BodyName = "half_cheetah_paper"
     """Robot and physics: …_v5 is Gymnasium's, …_paper the MAML paper's."""
     goal: GoalName = "direction"
-    """direction: ±x;  velocity: along x, from U(0, fastest);  position: a place in 6 × 6 m;  direction_2d: any;  parameters: forward, with
-    masses, inertias, friction and damping drawn anew."""
+    """direction: ±x;  velocity: along x, from U(0, fastest);  position: a place in 6 × 6 m;  direction_2d: any;
+    parameters: forward, with masses, inertias, friction and damping drawn anew."""
     backend: Literal["exact", "rollout"] = "exact"
-    """exact: an MjData per copy, equal to Gymnasium;  rollout: mujoco.rollout, faster, equal to solver tolerance (half_cheetah)."""
+    """exact: an MjData per copy, equal to Gymnasium;  rollout: mujoco.rollout, faster, equal to solver tolerance
+    (half_cheetah)."""
     rollouts: int = 20
     """Episodes per task and step (K)."""
     horizon: int = 200
@@ -117,7 +120,9 @@ class Locomotion:
         every = max(1, round(FRAME_SECONDS / (body.timestep * body.frame_skip)))
         for task, say in zip(tasks, predict, strict=True):
             for i in range(len(steps)):
-                observation = here.reset({k: np.asarray(v)[None] for k, v in task.items()}, [1], [np.random.default_rng(0)])
+                observation = here.reset(
+                    {k: np.asarray(v)[None] for k, v in task.items()}, [1], [np.random.default_rng(0)]
+                )
                 ended = False
                 for t in range(self.horizon):
                     if t % every == 0:  # whoever has fallen stays there
@@ -131,7 +136,9 @@ class Locomotion:
         captions = [f"{q[0]:.1f}, {q[1]:.1f} m" if ant else f"{q[0]:+.1f} m" for q in positions]
         length = len(positions) // (len(tasks) * len(steps))
         seconds = every * body.timestep * body.frame_skip
-        clips = [Clip(rendered[i : i + length], captions[i : i + length], seconds) for i in range(0, len(positions), length)]
+        clips = [
+            Clip(rendered[i : i + length], captions[i : i + length], seconds) for i in range(0, len(positions), length)
+        ]
         return [clips[i : i + len(steps)] for i in range(0, len(clips), len(steps))]
 
     def _told(self) -> int:

@@ -56,8 +56,8 @@ class Navigation:
     test_tasks: Literal["drawn", "paper"] = "drawn"
     """Test goals: drawn with the evaluation's seed, or the paper's 40."""
     test_sampler: Literal["begun", "finished"] = "begun"
-    """Which episodes count at validation and test: those that begin first; or, as rllab samples, those that finish first, of which
-    short ones are over-represented."""
+    """Which episodes count at validation and test: those that begin first; or, as rllab samples, those that finish
+    first, of which short ones are over-represented."""
     known: bool = False
     """Append the goal to the observations: no adaptation is needed then (the paper's oracle)."""
 
@@ -101,7 +101,13 @@ class Navigation:
                 at = at + STEP * np.clip([actions[i][i] for i in range(len(steps))], -1, 1)
                 path.append(at)
             for i, step in enumerate(steps):
-                axes.plot(*np.array(path)[:, i].T, ".-", markersize=3, linewidth=0.8, label=f"after {step} step{'s' * (step != 1)}")
+                axes.plot(
+                    *np.array(path)[:, i].T,
+                    ".-",
+                    markersize=3,
+                    linewidth=0.8,
+                    label=f"after {step} step{'s' * (step != 1)}",
+                )
             axes.plot(*goal, "kx", markersize=9)
             axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), aspect="equal")
         axes.legend(fontsize="small")

@@ -36,7 +36,9 @@ def frames(model: Any, positions: np.ndarray[Any, Any], distance: float) -> Fram
         positions.astype(np.float64).tofile(seen)
         command = [sys.executable, "-m", "envs.rendering", where, seen, drawn, str(distance)]
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"rendering {len(positions)} frames took more than {SECONDS:.0f} s") from None
         if done.returncode:

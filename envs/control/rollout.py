@@ -25,10 +25,14 @@ class World(Protocol):
     """Whether an episode can end before the horizon."""
 
     def reset(self, tasks: Arrays, counts: list[int], rngs: list[np.random.Generator]) -> Floats:
-        """Begin `counts[t]` episodes of task t; observations [tasks, max(counts), o], those beyond a task's count idle."""
+        """Begin `counts[t]` episodes of task t; observations [tasks, max(counts), o], those beyond a task's count
+        idle.
+        """
 
     def step(self, actions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-        """(observations, rewards [tasks, rollouts], whether the episode has ended here); only those `alive` need to move."""
+        """(observations, rewards [tasks, rollouts], whether the episode has ended here); only those `alive` need to
+        move.
+        """
 
 
 class Told:
@@ -36,7 +40,12 @@ class Told:
 
     def __init__(self, world: World, length: int) -> None:
         """`length`: of a goal."""
-        self._world, self.observations, self.actions, self.ends = world, world.observations + length, world.actions, world.ends
+        self._world, self.observations, self.actions, self.ends = (
+            world,
+            world.observations + length,
+            world.actions,
+            world.ends,
+        )
 
     def reset(self, tasks: Arrays, counts: list[int], rngs: list[np.random.Generator]) -> Floats:
         self._goals = np.asarray(tasks["goal"], np.float64).reshape(len(rngs), 1, -1).repeat(max(counts), 1)
@@ -88,20 +97,22 @@ class _Record:
         return self.arrays | {"return": self._sums / self.episodes} | shares
 
 
-def collect(world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generator], episodes: int, horizon: int) -> Arrays:
+def collect(
+    world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generator], episodes: int, horizon: int
+) -> Arrays:
     """Whole episodes of each task until they hold at least `episodes` · `horizon` time steps.
 
-    Returns arrays [tasks, n, …], n = K·H, or K·H + H where episodes can end early: observations, actions, rewards,
-    mask (1 where there is a time step), episode, time; return, the mean over episodes [tasks]; and `physics_s` and
-    `policy_s` [tasks], each task's share of the seconds spent there. Episodes are numbered as they begin, and the lowest
-    numbers count, never the first that finish: those would be the short ones. Everything random about a task comes from
-    its own generator, in an order that no other task changes.
+    Returns arrays [tasks, n, …], n = K·H, or K·H + H where episodes can end early: observations, actions, rewards, mask
+    (1 where there is a time step), episode, time; return, the mean over episodes [tasks]; and `physics_s` and
+    `policy_s` [tasks], each task's share of the seconds spent there. Episodes are numbered as they begin, and the
+    lowest numbers count, never the first that finish: those would be the short ones. Everything random about a task
+    comes from its own generator, in an order that no other task changes.
     """
     budget = episodes * horizon
     record = _Record(world, len(rngs), budget + (horizon if world.ends else 0))
     while (open_ := np.flatnonzero(record.filled < budget)).size:
-        # As many episodes as will be enough if they last as long as this task's have so far: no other task has a say. No more
-        # than at first, though: a task that ends at once must not need thousands of copies.
+        # As many episodes as will be enough if they last as long as this task's have so far: no other task has a say.
+        # No more than at first, though: a task that ends at once must not need thousands of copies.
         counts = [
             min(episodes, int(np.ceil((budget - f) / (f / n)))) if n else episodes
             for f, n in zip(record.filled[open_], record.episodes[open_], strict=True)
@@ -114,8 +125,11 @@ def collect(world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generato
     return record.result()
 
 
-def collect_finished(world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generator], episodes: int, horizon: int) -> Arrays:
-    """The same as rllab samples: `episodes` copies that begin anew where they end, until *finished* episodes hold K·H time steps.
+def collect_finished(
+    world: World, tasks: Arrays, act: Act, rngs: list[np.random.Generator], episodes: int, horizon: int
+) -> Arrays:
+    """The same as rllab samples: `episodes` copies that begin anew where they end, until *finished* episodes hold K·H
+    time steps.
 
     Episodes count in the order in which they finish, so short ones are over-represented: for comparison with published
     numbers. n = 2·K·H.
@@ -142,8 +156,8 @@ def collect_finished(world: World, tasks: Arrays, act: Act, rngs: list[np.random
 
 
 def _wave(
-    world: World, tasks: Arrays, which: NDArray[np.intp], act: Act, rngs: list[np.random.Generator], counts: list[int], horizon: int,
-    clock: dict[str, float],
+    world: World, tasks: Arrays, which: NDArray[np.intp], act: Act, rngs: list[np.random.Generator], counts: list[int],
+    horizon: int, clock: dict[str, float],
 ) -> Arrays:  # fmt: skip
     """`counts[i]` episodes of task `which[i]` side by side, each to its end or to the horizon."""
     shape, own = (which.size, max(counts)), [rngs[t] for t in which]

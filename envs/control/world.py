@@ -13,7 +13,9 @@ from envs.control.rollout import Floats
 
 
 class LocomotionWorld:
-    """Many copies of a body, each with an MjData of its own: exact, to the last bit, where Gymnasium's physics is meant."""
+    """Many copies of a body, each with an MjData of its own: exact, to the last bit, where Gymnasium's physics is
+    meant.
+    """
 
     def __init__(self, body: Body, goal: Goal) -> None:
         import mujoco
@@ -26,7 +28,9 @@ class LocomotionWorld:
         self.observations = observation_size(body, goal)
         self._copies: list[Any] = []
         self._views: dict[str, list[Any]] = {}
-        self._start = self.model.numeric_data[:15].copy() if body.paper and body.asset == "ant.xml" else self.model.qpos0.copy()
+        self._start = (
+            self.model.numeric_data[:15].copy() if body.paper and body.asset == "ant.xml" else self.model.qpos0.copy()
+        )
 
     def reset(self, tasks: Arrays, counts: list[int], rngs: list[np.random.Generator]) -> Floats:
         self._shape = (len(rngs), max(counts))
@@ -36,7 +40,13 @@ class LocomotionWorld:
             models = [changed(self.model, {k: tasks[k][t] for k in RANDOM}) for t in range(len(rngs))]
         self._models = [m for m in models for _ in range(max(counts))]
         still = self._start, np.zeros(self.model.nv)
-        self._begin([self._drawn(rng) if k < n else still for rng, n in zip(rngs, counts, strict=True) for k in range(max(counts))])
+        self._begin(
+            [
+                self._drawn(rng) if k < n else still
+                for rng, n in zip(rngs, counts, strict=True)
+                for k in range(max(counts))
+            ]
+        )
         return self._observe()
 
     def step(self, actions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
@@ -71,13 +81,16 @@ class LocomotionWorld:
         self._read()
 
     def _make(self, count: int) -> None:
-        """Copies up to `count`, and views into what is read and written of each at every step: to make one takes microseconds."""
+        """Copies up to `count`, and views into what is read and written of each at every step: to make one takes
+        microseconds.
+        """
         for _ in range(len(self._copies), count):
             data = self._mj.MjData(self.model)
             self._copies.append(data)
             views = {
-                "qpos": data.qpos, "qvel": data.qvel, "ctrl": data.ctrl, "warm": data.qacc_warmstart, "contacts": data.cfrc_ext,
-                "torso": data.xpos[1], "com": data.subtree_com[1], "velocity": data.subtree_linvel[1], "turn": data.xmat[1],
+                "qpos": data.qpos, "qvel": data.qvel, "ctrl": data.ctrl, "warm": data.qacc_warmstart,
+                "contacts": data.cfrc_ext, "torso": data.xpos[1], "com": data.subtree_com[1],
+                "velocity": data.subtree_linvel[1], "turn": data.xmat[1],
             }  # fmt: skip
             for name, view in views.items():
                 self._views.setdefault(name, []).append(view)
@@ -90,7 +103,8 @@ class LocomotionWorld:
             if moves:
                 ctrl[:] = action
                 if cold:
-                    # Where it starts from is part of a solver's result, and nobody can say where another backend starts.
+                    # Where it starts from is part of a solver's result, and nobody can say where another backend
+                    # starts.
                     warm[:] = 0
                 step(model, data, skip)
                 for bring in settle:
@@ -126,7 +140,8 @@ class LocomotionWorld:
             self._com, self._velocity = self._all("com"), self._all("velocity")[:, :2]
         if body.contact_cost:
             self._contacts = np.clip(self._all("contacts"), -1, 1)
-        # Gymnasium's ant takes its velocity from the torso's place, which lags one sub-step; the planar bodies from the joint.
+        # Gymnasium's ant takes its velocity from the torso's place, which lags one sub-step; the planar bodies from the
+        # joint.
         if body.asset == "ant.xml":
             self._place = self._all("torso")[:, :2]
         else:

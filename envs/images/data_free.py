@@ -13,10 +13,11 @@ from envs.images.episodes import Episodes, ImageSource
 
 @dataclass(frozen=True)
 class DataFree(Episodes):
-    """N-way K-shot; training episodes are cut from images D that are inverted from a pool of teachers, and no training image is read.
+    """N-way K-shot; training episodes are cut from images D that are inverted from a pool of teachers, and no training
+    image is read.
 
-    The classes of an episode are drawn from all classes of all teachers, so that an episode mixes teachers; one that several teachers
-    know is at most once in it. Real episodes are normalised as the teachers' training images were.
+    The classes of an episode are drawn from all classes of all teachers, so that an episode mixes teachers; one that
+    several teachers know is at most once in it. Real episodes are normalised as the teachers' training images were.
     """
 
     pools: tuple[str, ...] = ()
@@ -43,11 +44,15 @@ class DataFree(Episodes):
         return self.shots + self.queries
 
     def prepare(self) -> None:
-        """Decode the source; check that held-out splits can fill an episode, and that none of their classes is a training class."""
+        """Decode the source; check that held-out splits can fill an episode, and that none of their classes is a
+        training class.
+        """
         self.source.prepare()
         self.check(("validation", "test"))
         images = self.source.load()
-        shared = {c for split in ("validation", "test") for c in images.classes(split)} & set(images.index.splits.get("train", ()))
+        shared = {c for split in ("validation", "test") for c in images.classes(split)} & set(
+            images.index.splits.get("train", ())
+        )
         if shared:
             raise ValueError(
                 f"{len(shared)} held-out classes are training classes, of which a data-free run reads no image; "
@@ -76,7 +81,11 @@ class DataFree(Episodes):
     def _rows(self, rng: np.random.Generator) -> Arrays:
         """Which images of D, flattened over teachers, classes and images."""
         total = self.teachers * self.teacher_ways
-        classes = self._unlike(rng.permutation(total))[: self.ways] if self.kinds else rng.choice(total, self.ways, replace=False)
+        classes = (
+            self._unlike(rng.permutation(total))[: self.ways]
+            if self.kinds
+            else rng.choice(total, self.ways, replace=False)
+        )
         rows = np.stack([c * self.per_class + rng.permutation(self.per_class) for c in classes])
         return {"support_rows": rows[:, : self.shots], "query_rows": rows[:, self.shots :]}
 
@@ -106,7 +115,10 @@ class Lessons:
 
     def __post_init__(self) -> None:
         if self.teachers < 1 or self.ways < 2 or not 0 < self.held_back < 1:
-            raise ValueError(f"teachers={self.teachers}, ways={self.ways}, held_back={self.held_back}: at least 1, 2 and a share wanted")
+            raise ValueError(
+                f"teachers={self.teachers}, ways={self.ways}, held_back={self.held_back}: at least 1, 2 and a share "
+                "wanted"
+            )
 
     def classes(self) -> list[list[int]]:
         """Class numbers by teacher."""
@@ -117,13 +129,16 @@ class Lessons:
             return [sorted(rng.choice(known, self.ways, replace=False).tolist()) for _ in range(self.teachers)]
         if self.teachers * self.ways > len(known):
             raise ValueError(
-                f"{self.teachers} teachers of {self.ways} classes exceed the {len(known)} training classes; overlapping ones share"
+                f"{self.teachers} teachers of {self.ways} classes exceed the {len(known)} training classes; "
+                "overlapping ones share"
             )
         chosen = rng.choice(known, self.teachers * self.ways, replace=False).tolist()
         return [sorted(chosen[i * self.ways : (i + 1) * self.ways]) for i in range(self.teachers)]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel, over all images that teachers are trained on; class by class, for memory's sake."""
+        """Mean and standard deviation per channel, over all images that teachers are trained on; class by class, for
+        memory's sake.
+        """
         count, total, square = 0, np.zeros(self.source.shape[0]), np.zeros(self.source.shape[0])
         for label in (c for classes in self.classes() for c in classes):
             x = self._images(label)[0].astype(np.float64)

@@ -84,7 +84,10 @@ class Episodes:
                 raise ValueError(f"ways={self.ways} exceeds the {len(classes)} classes of the {split} split")
             wanted, fewest = sum(self._counts(split)), min(len(images.rows(c)) for c in classes)
             if wanted > fewest:
-                raise ValueError(f"{wanted} images per class wanted in the {split} split (shots + queries), but a class has only {fewest}")
+                raise ValueError(
+                    f"{wanted} images per class wanted in the {split} split (shots + queries), but a class has only "
+                    f"{fewest}"
+                )
 
     def files(self) -> tuple[str, ...]:
         return self.source.files()
@@ -94,7 +97,11 @@ class Episodes:
         images = self.source.load()
         shots, queries = self._counts(split)
         classes = rng.choice(images.classes(split), self.ways, replace=False)
-        turns = rng.integers(0, 4, self.ways) if self.rotations == "all" or self.rotations == split else np.zeros(self.ways, int)
+        turns = (
+            rng.integers(0, 4, self.ways)
+            if self.rotations == "all" or self.rotations == split
+            else np.zeros(self.ways, int)
+        )
         drawn = []  # ways × [shots + queries, c, h, w]
         for label, turn in zip(classes, turns, strict=True):
             rows = images.rows(label)
@@ -115,12 +122,16 @@ class Episodes:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 1.1 * self.ways * len(tasks)), layout="constrained")
-        for part, task, outputs in zip(figure.subfigures(len(tasks), 1, squeeze=False)[:, 0], tasks, predict, strict=True):
+        for part, task, outputs in zip(
+            figure.subfigures(len(tasks), 1, squeeze=False)[:, 0], tasks, predict, strict=True
+        ):
             guesses = np.stack([o.argmax(-1) for o in outputs(task["query_x"])])  # [steps, queries]
             right = (guesses == task["query_y"]).mean(1)
             named = ", ".join(f"{r:.0%} after {s} step{'s' * (s != 1)}" for s, r in zip(steps, right, strict=True))
             part.suptitle(
-                f"Held-out task: support image, then queries (frame: green right, red wrong, after {steps[-1]} steps). {named}", fontsize=8
+                f"Held-out task: support image, then queries (frame: green right, red wrong, after {steps[-1]} steps). "
+                f"{named}",
+                fontsize=8,
             )
             self._grid(part, task, guesses[-1])
         return figure
@@ -132,7 +143,8 @@ class Episodes:
             support = task["support_x"][task["support_y"] == label][0]
             rows = np.flatnonzero(task["query_y"] == label)[:shown]
             for axis, image, color in [(axes[label, 0], support, "black")] + [
-                (axes[label, 1 + i], task["query_x"][row], "green" if guesses[row] == label else "red") for i, row in enumerate(rows)
+                (axes[label, 1 + i], task["query_x"][row], "green" if guesses[row] == label else "red")
+                for i, row in enumerate(rows)
             ]:
                 _show(axis, self.pixels(image), color)
 
@@ -141,7 +153,9 @@ class Episodes:
         return images
 
 
-def beside(clean: Array, attacked: Array, truth: Array, before: Array, after: Array, *, title: str, shown: int = 10) -> Figure:
+def beside(
+    clean: Array, attacked: Array, truth: Array, before: Array, after: Array, *, title: str, shown: int = 10
+) -> Figure:
     """Clean images, attacked ones and their difference in three rows; frames green where predicted right, else red.
 
     `before` and `after` are predictions for the clean and the attacked images. Images are spread over the classes.
@@ -152,7 +166,11 @@ def beside(clean: Array, attacked: Array, truth: Array, before: Array, after: Ar
     figure = Figure(figsize=(1.1 * len(picked), 3.8), layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots(3, len(picked), squeeze=False)
-    rows = [("clean", clean, before), ("attacked", attacked, after), ("difference", np.subtract(attacked, clean, dtype=np.float64), None)]
+    rows = [
+        ("clean", clean, before),
+        ("attacked", attacked, after),
+        ("difference", np.subtract(attacked, clean, dtype=np.float64), None),
+    ]
     for line, (name, images, guesses) in zip(axes, rows, strict=True):
         line[0].set_ylabel(name, fontsize=8)
         limit = max(float(np.abs(images).max()), 1e-12)

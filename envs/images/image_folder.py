@@ -1,4 +1,6 @@
-"""Any class-labelled image set: csv files beside images (MiniImagenet's layout), or train, val and test with a folder per class."""
+"""Any class-labelled image set: csv files beside images (MiniImagenet's layout), or train, val and test with a folder
+per class.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class ImageFolder:
     """Height and width in pixels."""
 
     def __post_init__(self) -> None:
-        if self.folder:  # once, where the run is configured: workers may have another home and another working directory
+        # once, where the run is configured: workers may have another home and another working directory
+        if self.folder:
             object.__setattr__(self, "folder", str(Path(self.folder).expanduser().absolute()))
 
     @property
@@ -53,7 +56,9 @@ class ImageFolder:
     def prepare(self) -> None:
         path = Path(self.folder)
         if not self.folder or not path.exists():
-            raise FileNotFoundError(f"task.source.folder={self.folder!r} does not exist: a folder or a zip of images is wanted")
+            raise FileNotFoundError(
+                f"task.source.folder={self.folder!r} does not exist: a folder or a zip of images is wanted"
+            )
         fingerprint = _fingerprint(path)
         store.write_once(self._name, fingerprint, lambda: self._decode(path, fingerprint))
 
@@ -79,7 +84,8 @@ class ImageFolder:
             for label in sorted(classes):
                 if not classes[label]:
                     raise ValueError(
-                        f"{path}: class {label} of the {split} split has no image ({', '.join(SUFFIXES)}) directly in its folder"
+                        f"{path}: class {label} of the {split} split has no image ({', '.join(SUFFIXES)}) directly in "
+                        "its folder"
                     )
                 images += [_image(file, self.size) for file in classes[label]]
                 names.append(label)
@@ -137,6 +143,13 @@ def _image(file: Root, size: int) -> NDArray[np.uint8]:
             if image.mode.startswith(("I", "F")):  # converting would cut values off at 255
                 raise ValueError(f"{file} has pixels of mode {image.mode}: 8 bits per channel wanted")
             pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
-    except (UnidentifiedImageError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error, KeyError, OSError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        zipfile.BadZipFile,
+        zlib.error,
+        KeyError,
+        OSError,
+    ) as error:
         raise ValueError(f"{file} is not a readable image ({error})") from error
     return pixels.transpose(2, 0, 1)

@@ -56,7 +56,9 @@ class Omniglot:
     def prepare(self) -> None:
         total = sum(count for _, count in ARCHIVES.values())
         if not 0 < self.train + self.validation < total:
-            raise ValueError(f"train={self.train} + validation={self.validation} characters leave none of the {total} for test")
+            raise ValueError(
+                f"train={self.train} + validation={self.validation} characters leave none of the {total} for test"
+            )
         if self.folder:  # decoded before or not: a folder that is named must be one
             for archive in ARCHIVES:
                 self._given(archive)
@@ -67,7 +69,9 @@ class Omniglot:
 
     def load(self) -> ImageSet:
         stored = store.load(store.data_folder(), self._name)
-        return ImageSet(stored.images, Index(stored.index.classes, stored.index.starts, self._splits(len(stored.index.classes))))
+        return ImageSet(
+            stored.images, Index(stored.index.classes, stored.index.starts, self._splits(len(stored.index.classes)))
+        )
 
     def _splits(self, classes: int) -> dict[str, list[int]]:
         return _partition(classes, self.train, self.validation)

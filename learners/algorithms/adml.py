@@ -24,9 +24,9 @@ class ADML(MAML):
 
     The support is attacked at the current φ_a at each inner step; the query at φ_c (`attack_at = "adapted"`, the model
     that is judged on it) or at θ. The paper writes two outer lines with rates β₁, β₂, both from the same θ: for plain
-    descent that is one step with w = β₁/(β₁+β₂), and one step is what is taken (two steps of Adam would be another thing).
-    The crossing is as in the re-implementation of Goldblum, Fowl, Goldstein 2020; `pairing = "matched"` is the ablation
-    in which each arm is judged on its own kind. At test it adapts to the support set as it is, with α₂.
+    descent that is one step with w = β₁/(β₁+β₂), and one step is what is taken (two steps of Adam would be another
+    thing). The crossing is as in the re-implementation of Goldblum, Fowl, Goldstein 2020; `pairing = "matched"` is the
+    ablation in which each arm is judged on its own kind. At test it adapts to the support set as it is, with α₂.
     """
 
     single_loss: ClassVar[bool] = False

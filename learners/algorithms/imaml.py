@@ -38,7 +38,9 @@ class IMAML(InnerLoop):
     def __post_init__(self) -> None:
         check_inner_loop(self.inner_lr, self.inner_steps)
         if self.proximal <= 0 or self.solver_steps < 0:
-            raise ValueError(f"proximal={self.proximal}, solver_steps={self.solver_steps}: more than 0, and 0 or more wanted")
+            raise ValueError(
+                f"proximal={self.proximal}, solver_steps={self.solver_steps}: more than 0, and 0 or more wanted"
+            )
 
     def inner_loss(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Loss:
         theta = meta.params
@@ -66,7 +68,9 @@ class IMAML(InnerLoop):
             """The columns of ∇²L_S/λ that belong to what adapts, times v."""
             return tree.scale(1 / self.proximal, curvature(v | zero))
 
-        x, residual = conjugate_gradient(lambda v: tree.add(v, scaled(v)), {k: outer[k] for k in moving}, self.solver_steps)
+        x, residual = conjugate_gradient(
+            lambda v: tree.add(v, scaled(v)), {k: outer[k] for k in moving}, self.solver_steps
+        )
         indirect = scaled(x) if still else {}
         grads = {k: x[k] if k in x else g - indirect[k] for k, g in outer.items()}
         metrics = {"query_loss": query_loss, "grad_norm": tree.norm(grads), "solver_residual": tree.norm(residual)}

@@ -54,7 +54,9 @@ class MAMLPlusPlus(InnerLoop):
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
         moving, _ = partition(params, self.adapts)
-        rates = {k: torch.full((self.inner_steps,), self.inner_lr, dtype=v.dtype, device=v.device) for k, v in moving.items()}
+        rates = {
+            k: torch.full((self.inner_steps,), self.inner_lr, dtype=v.dtype, device=v.device) for k, v in moving.items()
+        }
         clock = torch.zeros((), dtype=next(iter(params.values())).dtype)
         return Meta(params | tree.with_prefix(RATE, rates), {CLOCK: clock})
 
@@ -93,7 +95,9 @@ class MAMLPlusPlus(InnerLoop):
         if not self.multi_step_epochs:
             return final
         epoch = self._epoch(meta)
-        return torch.where(epoch < self.multi_step_epochs, multi_step_weights(self.inner_steps, self.multi_step_epochs, epoch), final)
+        return torch.where(
+            epoch < self.multi_step_epochs, multi_step_weights(self.inner_steps, self.multi_step_epochs, epoch), final
+        )
 
     def rates(self, params: Params) -> Params:
         """α [K] by parameter."""
@@ -101,7 +105,9 @@ class MAMLPlusPlus(InnerLoop):
         return rates if self.learn_rates else tree.apply(Tensor.detach, rates)
 
     def passes(self) -> int:
-        """While the multi-step loss lasts: K inner gradients, as many more to differentiate through them, and K queries'."""
+        """While the multi-step loss lasts: K inner gradients, as many more to differentiate through them, and K
+        queries'.
+        """
         return 3 * self.inner_steps if self.multi_step_epochs else 2 * self.inner_steps + 1
 
     def claim(self) -> str:

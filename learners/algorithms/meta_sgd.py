@@ -53,9 +53,15 @@ class MetaSGD(InnerLoop):
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
         alpha = float(rng.uniform(self.lowest_rate, self.highest_rate))
-        start = {"raw": alpha, "softplus": float(np.log(np.expm1(alpha))) if alpha > 0 else 0.0, "exp": float(np.log(alpha or 1.0))}
+        start = {
+            "raw": alpha,
+            "softplus": float(np.log(np.expm1(alpha))) if alpha > 0 else 0.0,
+            "exp": float(np.log(alpha or 1.0)),
+        }
         moving, _ = partition(params, self.adapts)
-        return Meta(params | tree.with_prefix(ALPHA, tree.apply(lambda v: torch.full_like(v, start[self.rate]), moving)), {})
+        return Meta(
+            params | tree.with_prefix(ALPHA, tree.apply(lambda v: torch.full_like(v, start[self.rate]), moving)), {}
+        )
 
     def direction(self, meta: Meta) -> Direction:
         alpha = self.rates(meta.params)

@@ -18,8 +18,9 @@ from learners.objectives.supervised import Supervised
 class ProtoNet(InnerLoop):
     """φ is θ with the head w_c = 2 p_c, b_c = −‖p_c‖², p_c the mean feature of class c's support.
 
-    Its logits 2 z·p_c − ‖p_c‖² are −‖z − p_c‖² + ‖z‖², hence the softmax over squared distances. There are no inner steps: φ is the same
-    after any number, and before the first one it is θ with its own head. The model's last layer must be linear and named `head`.
+    Its logits 2 z·p_c − ‖p_c‖² are −‖z − p_c‖² + ‖z‖², hence the softmax over squared distances. There are no inner
+    steps: φ is the same after any number, and before the first one it is θ with its own head. The model's last layer
+    must be linear and named `head`.
     """
 
     single_loss: ClassVar[bool] = True

@@ -21,8 +21,8 @@ MOMENTS = "moments"
 class Reptile(InnerLoop):
     """g = θ − φ_K, to be descended: SGD with rate ε is the paper's θ ← θ + ε · mean(φ − θ)  (§3, batched).
 
-    φ_K is K optimiser steps on minibatches of one set of labelled examples; there is no query set in training.
-    Defaults are the published Omniglot 5-way run's: Adam with β₁ = 0 inside. `update = "last_gradient"` is the first-order
+    φ_K is K optimiser steps on minibatches of one set of labelled examples; there is no query set in training. Defaults
+    are the published Omniglot 5-way run's: Adam with β₁ = 0 inside. `update = "last_gradient"` is the first-order
     variant of §6.3: g = φ_{K−1} − φ_K, the last step alone.
 
     moments: Adam's second moment is new for every task ("reset"), or runs on from task to task ("carry"), as in the
@@ -62,7 +62,12 @@ class Reptile(InnerLoop):
             raise ValueError(f"tail={self.tail} wants update='last_gradient', a batch and an inner step")
 
     def init(self, params: Params, rng: np.random.Generator) -> Meta:
-        return Meta(params, tree.with_prefix(MOMENTS, self.optimiser().init(partition(params, self.adapts)[0])) if self._carries else {})
+        return Meta(
+            params,
+            tree.with_prefix(MOMENTS, self.optimiser().init(partition(params, self.adapts)[0]))
+            if self._carries
+            else {},
+        )
 
     def draw(self, data: Arrays, rng: np.random.Generator, steps: int) -> Arrays:
         if not self.batch or "support_x" not in data:  # an RL task has no examples to choose from, only its episodes
@@ -73,7 +78,10 @@ class Reptile(InnerLoop):
         if self.tail >= examples:
             raise ValueError(f"tail={self.tail} leaves none of a task's {examples} examples for the steps before")
         order = rng.permutation(examples)
-        return data | {"batches": minibatches(order[self.tail :], self.batch, steps, rng), "last_batch": order[None, : self.tail]}
+        return data | {
+            "batches": minibatches(order[self.tail :], self.batch, steps, rng),
+            "last_batch": order[None, : self.tail],
+        }
 
     def inner_loss(self, meta: Meta, objective: Objective, data: Data, steps: int) -> Loss:
         def loss(p: Params, step: int) -> Tensor:
@@ -102,7 +110,9 @@ class Reptile(InnerLoop):
         moments = tree.with_prefix(MOMENTS, points[-1].state) if self._carries else {}
         metrics = {"support_loss": points[-1].losses[-1]} if self.inner_steps else {}
         return Gradient(
-            delta, self.slots(meta, objective, data) | moments, metrics | {"delta_norm": tree.norm(delta)} | support_losses(points[-1])
+            delta,
+            self.slots(meta, objective, data) | moments,
+            metrics | {"delta_norm": tree.norm(delta)} | support_losses(points[-1]),
         )
 
     def passes(self) -> int:

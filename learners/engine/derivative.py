@@ -46,7 +46,9 @@ def differentiate(loss: Callable[[Params], Tensor], at: Params, again: bool = Fa
     return grads, value
 
 
-def differentiate_with(loss: Callable[[Params], tuple[Tensor, Metrics]], at: Params, again: bool = False) -> tuple[Params, Tensor, Metrics]:
+def differentiate_with(
+    loss: Callable[[Params], tuple[Tensor, Metrics]], at: Params, again: bool = False
+) -> tuple[Params, Tensor, Metrics]:
     """`differentiate` for a loss that also tells what it met on the way: (∇, value, metrics), the metrics constant."""
     # Nobody above can differentiate once more where grad mode is off: evaluation builds no second graph.
     again = again and torch.is_grad_enabled()
@@ -107,7 +109,9 @@ def gauss_newton(
 
     def product(v: Params) -> Params:
         (moved,) = torch.autograd.grad(back, z, [v[k] for k in leaves], retain_graph=True, materialize_grads=True)
-        found = torch.autograd.grad(value, inputs, metric(value, moved).detach(), retain_graph=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            value, inputs, metric(value, moved).detach(), retain_graph=True, materialize_grads=True
+        )
         return dict(zip(leaves, found, strict=True))
 
     return product

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,7 +36,8 @@ class Execution:
         """Σ over the stacked tasks of `data`, whose tensors are [tasks, …]."""
         tasks = len(next(iter(data.values())))
         if self.mode == "loop":
-            return self.each([lambda operand, i=i: task(at, operand, {k: v[i] for k, v in data.items()}) for i in range(tasks)], operand)  # type: ignore[misc]
+            each = ({k: v[i] for k, v in data.items()} for i in range(tasks))
+            return self.each([partial(_of_one, task, at, one) for one in each], operand)
         size = self.chunk or tasks
         chunks = [{k: v[i : i + size] for k, v in data.items()} for i in range(0, tasks, size)]
         return _added(self._batch(task, at, operand, chunk) for chunk in chunks)
@@ -55,6 +57,10 @@ class Execution:
         return self._compiled[key](at, operand, data)
 
 
+def _of_one(task: VerbFunction, at: Params, data: Data, operand: Params) -> Share:
+    return task(at, operand, data)
+
+
 def _stacked(share: Share) -> Stacked:
     return share.total, share.weight, {k: v.unsqueeze(0) for k, v in share.row.items()}
 
@@ -70,7 +76,9 @@ def _over_tasks(task: VerbFunction) -> Callable[[Params, Params, Data], Stacked]
     return batched
 
 
-def _compile(batched: Callable[..., Stacked], backend: str, at: Params, operand: Params, data: Data) -> Callable[..., Stacked]:
+def _compile(
+    batched: Callable[..., Stacked], backend: str, at: Params, operand: Params, data: Data
+) -> Callable[..., Stacked]:
     # Traced by us into one flat graph, derivatives included, so that the compiler sees neither Python nor autograd.
     with transforms():
         graph = make_fx(batched)(at, operand, data)
@@ -83,7 +91,11 @@ def _added(parts: Iterable[Stacked]) -> Sum:
     rows: dict[str, list[Tensor]] = {}
     for part_total, part_weight, part_rows in parts:
         # In place on what the first part owns: no one else holds it, and one copy of θ is enough.
-        total = {k: total[k].add_(v) for k, v in part_total.items()} if total else {k: v.clone() for k, v in part_total.items()}
+        total = (
+            {k: total[k].add_(v) for k, v in part_total.items()}
+            if total
+            else {k: v.clone() for k, v in part_total.items()}
+        )
         weight += float(part_weight)
         for k, v in part_rows.items():
             rows.setdefault(k, []).append(v)
@@ -99,10 +111,10 @@ def choose(
 ) -> tuple[Mode, int, str]:
     """(the mode of least total time, the chunk that memory allows, why), by rule.
 
-    On a CPU batching wins while a task's activations are small (then overhead counts) and loses where they are
-    large (then memory does). Compilation is chosen where it pays for itself over `calls` shards. The constants are
-    measurements (tests/bench/bench_execution_rule.py holds them against the machine at hand); they are never taken at run
-    time, so that the same command gives the same bits twice.
+    On a CPU batching wins while a task's activations are small (then overhead counts) and loses where they are large
+    (then memory does). Compilation is chosen where it pays for itself over `calls` shards. The constants are
+    measurements (tests/bench/bench_execution_rule.py holds them against the machine at hand); they are never taken at
+    run time, so that the same command gives the same bits twice.
     """
     if device != "cpu":
         # Forward, backward and their derivatives keep some tens of intermediate results of a step.
@@ -113,7 +125,11 @@ def choose(
             f"execution = vmap: on {device} tasks run together, {chunk} at a time at most",
         )
     if activation_bytes > BATCHED_UP_TO:
-        return "loop", 0, f"execution = loop: {activation_bytes >> 10} KiB of activations per task, more than {BATCHED_UP_TO >> 10}"
+        return (
+            "loop",
+            0,
+            f"execution = loop: {activation_bytes >> 10} KiB of activations per task, more than {BATCHED_UP_TO >> 10}",
+        )
     compile_s = compile_seconds(inner_steps)
     saved_s = calls * saved_seconds(inner_steps, tasks_per_call)
     reason = f"compiling costs {compile_s:.0f} s and would save {saved_s:.0f} s over {calls} shards"

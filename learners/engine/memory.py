@@ -14,7 +14,9 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed blocks up to 32 MiB instead of returning them page by page (a fifth of a Conv4 step)."""
+    """Tell glibc to reuse freed blocks up to 32 MiB instead of returning them page by page (a fifth of a Conv4
+    step).
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3

@@ -58,11 +58,18 @@ class Adam:
         zeros = tree.zeros_like(params)
         first = next(iter(params.values()))
         m = tree.with_prefix("m", zeros) if self.beta1 else {}
-        return m | tree.with_prefix("v", tree.zeros_like(params)) | {"t": torch.zeros((), dtype=first.dtype, device=first.device)}
+        return (
+            m
+            | tree.with_prefix("v", tree.zeros_like(params))
+            | {"t": torch.zeros((), dtype=first.dtype, device=first.device)}
+        )
 
     def update(self, params: Params, grads: Params, state: Params, lr: float) -> tuple[Params, Params]:
         t = state["t"] + 1
-        v = {k: torch.addcmul(self.beta2 * old, grads[k], grads[k], value=1 - self.beta2) for k, old in tree.under("v", state).items()}
+        v = {
+            k: torch.addcmul(self.beta2 * old, grads[k], grads[k], value=1 - self.beta2)
+            for k, old in tree.under("v", state).items()
+        }
         m = {k: self.beta1 * old + (1 - self.beta1) * grads[k] for k, old in tree.under("m", state).items()} or grads
         new = {k: p - lr * self._direction(m[k], v[k], t) for k, p in params.items()}
         kept = tree.with_prefix("m", m) if self.beta1 else {}

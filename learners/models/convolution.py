@@ -1,7 +1,7 @@
 """Convolutions that are fast on a CPU, and those that are not safe there.
 
-torch 2.13's CPU library (oneDNN 3.12) writes out of bounds in the weight gradient of a strided 1×1 convolution over
-few channels in channels-last memory (uxlfoundation/oneDNN#6035): it aborts, hangs, or corrupts in silence. conv(x[::s], w)
+torch 2.13's CPU library (oneDNN 3.12) writes out of bounds in the weight gradient of a strided 1×1 convolution over few
+channels in channels-last memory (uxlfoundation/oneDNN#6035): it aborts, hangs, or corrupts in silence. conv(x[::s], w)
 is the same function and takes another path. `make convolutions` looks for more of the kind on the machine at hand.
 """
 
@@ -46,7 +46,8 @@ class SafeCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call = Call(transposed, tuple(weight.shape[2:]), tuple(stride), weight.shape[1])
             if unsafe(call):
                 raise ValueError(
-                    f"a convolution of kernel {'×'.join(map(str, call.kernel))} and stride {'×'.join(map(str, call.stride))} over "
+                    f"a convolution of kernel {'×'.join(map(str, call.kernel))} and stride "
+                    f"{'×'.join(map(str, call.stride))} over "
                     f"{call.inputs} channels: torch's CPU kernel for its weight gradient writes out of bounds; "
                     "convolve x[..., ::s, ::s] with stride 1 instead, which is the same function"
                 )
@@ -56,7 +57,8 @@ class SafeCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `layer` is just a `kind`: nothing hangs on it that a layer in its place would lose.
 
-    Hooks, parametrisations and what is registered besides weight and bias (`weight_orig` of the older reparametrisations).
+    Hooks, parametrisations and what is registered besides weight and bias (`weight_orig` of the older
+    reparametrisations).
     """
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is kind and not any(hooks) and {*layer._parameters, *layer._buffers} <= {"weight", "bias"}

@@ -47,7 +47,9 @@ class Functional:
 
     def running(self) -> Params:
         """Copies of running means and variances, by name."""
-        return {f"{name}.{key}": norm.get_buffer(key).clone() for name, norm in self._norms.items() for key in _OBSERVED}
+        return {
+            f"{name}.{key}": norm.get_buffer(key).clone() for name, norm in self._norms.items() for key in _OBSERVED
+        }
 
     @property
     def normalises(self) -> bool:
@@ -61,7 +63,8 @@ class Functional:
     def __call__(self, params: Params, x: Tensor, statistics: Statistics = BATCH) -> Tensor:
         """Outputs [n, …] for inputs [n, …] at `params`; entries that are not the module's are ignored.
 
-        Raises ValueError where a parameter is missing, and at the first call where a convolution is not safe (`SafeCalls`).
+        Raises ValueError where a parameter is missing, and at the first call where a convolution is not safe
+        (`SafeCalls`).
         """
         return self._called(params, x, Normalising(statistics))
 
@@ -77,10 +80,14 @@ class Functional:
         return y, {f"{name}.{key}": v for name, pair in moments.items() for key, v in zip(_OBSERVED, pair, strict=True)}
 
     def features(self, params: Params, x: Tensor, statistics: Statistics = BATCH) -> Tensor:
-        """What reaches the layer named `head`, [n, d]. Raises ValueError for a module without one, or whose head is not linear."""
+        """What reaches the layer named `head`, [n, d]. Raises ValueError for a module without one, or whose head is not
+        linear.
+        """
         head = dict(self.module.named_modules()).get("head")
         if not isinstance(head, nn.Linear):
-            raise ValueError(f"features are what reaches a linear layer named head; {type(self.module).__name__} has none")
+            raise ValueError(
+                f"features are what reaches a linear layer named head; {type(self.module).__name__} has none"
+            )
         self.try_out(x)  # not with the hook
         seen: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -118,7 +125,9 @@ class Functional:
 
     def _called(self, params: Params, x: Tensor, how: Normalising) -> Tensor:
         if not self._required <= params.keys():
-            raise ValueError(f"the model's parameter {min(self._required - params.keys())!r} is missing among {', '.join(params)}")
+            raise ValueError(
+                f"the model's parameter {min(self._required - params.keys())!r} is missing among {', '.join(params)}"
+            )
         self.try_out(x)
         mine = {k: v for k, v in params.items() if k in self._names}
         with normalising(how):
@@ -145,15 +154,20 @@ def functional(module: nn.Module, example: Tensor | None = None) -> Functional:
     for name, layer in module.named_modules():
         if isinstance(layer, _RANDOM) or (isinstance(layer, nn.MultiheadAttention) and layer.dropout):
             raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its mask in the task's data"
+                f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its mask in the "
+                "task's data"
             )
         tracks = isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats
         if tracks or isinstance(layer, _STATEFUL) or "SpectralNorm" in type(layer).__name__:
             raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) keeps state between calls; an adapted model must be a function of its parameters"
+                f"layer {name!r} ({type(layer).__name__}) keeps state between calls; an adapted model must be a "
+                "function of its parameters"
             )
     if replaced:
-        log.warning("functional: replaced BatchNorm layers %s by metafleet's (same parameters, explicit modes)", ", ".join(replaced))
+        log.warning(
+            "functional: replaced BatchNorm layers %s by metafleet's (same parameters, explicit modes)",
+            ", ".join(replaced),
+        )
     model = Functional(module)
     if example is not None:
         model.try_out(example)
@@ -161,7 +175,8 @@ def functional(module: nn.Module, example: Tensor | None = None) -> Functional:
 
 
 def specialise(module: nn.Module) -> tuple[nn.Module, list[str]]:
-    """`module` with layers swapped in place for equal ones that are faster or safe, and the names of the BatchNorm layers among them.
+    """`module` with layers swapped in place for equal ones that are faster or safe, and the names of the BatchNorm
+    layers among them.
 
     Parameters keep their names and values, and a layer that stands in two places stays one.
     """

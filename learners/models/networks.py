@@ -1,4 +1,6 @@
-"""MLP and Conv4 as ordinary modules, and `functional`, which turns anyone's module into a function of its parameters."""
+"""MLP and Conv4 as ordinary modules, and `functional`, which turns anyone's module into a function of its
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ class MLP:
 
 
 class Gaussian(nn.Module):
-    """A normal policy: [n, o] → [n, 2a], means of a network and log standard deviations that do not depend on the state."""
+    """A normal policy: [n, o] → [n, 2a], means of a network and log standard deviations that do not depend on the
+    state.
+    """
 
     def __init__(self, net: nn.Module, actions: int, std: float, min_std: float) -> None:
         super().__init__()
@@ -132,7 +136,9 @@ class Conv4:
             channels = self.width
             size = [s // 2 if self.halving == "pool" else -(-s // 2) for s in size]
         if min(size) < 1:
-            raise ValueError(f"Conv4 halves four times; images of {inputs[1]}×{inputs[2]} are too small (16 or more wanted)")
+            raise ValueError(
+                f"Conv4 halves four times; images of {inputs[1]}×{inputs[2]} are too small (16 or more wanted)"
+            )
         flat = self.features == "flat"
         head = nn.Linear(channels * (size[0] * size[1] if flat else 1), outputs)
         model = nn.Sequential()

@@ -48,7 +48,9 @@ class _Normalise(torch.autograd.Function):
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and biased variance over rows of x [rows, channels], in few passes over memory (torch's `var_mean` is twenty times slower)."""
+    """Mean and biased variance over rows of x [rows, channels], in few passes over memory (torch's `var_mean` is twenty
+    times slower).
+    """
 
     generate_vmap_rule = True
 
@@ -102,7 +104,9 @@ BATCH = Statistics()
 
 @dataclass
 class Normalising:
-    """What BatchNorm layers do during one call of a model: an argument that every layer inside receives (see `normalising`)."""
+    """What BatchNorm layers do during one call of a model: an argument that every layer inside receives (see
+    `normalising`).
+    """
 
     statistics: Statistics = BATCH
     seen: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
@@ -116,8 +120,8 @@ _NORMALISING: ContextVar[Normalising | None] = ContextVar("_NORMALISING", defaul
 def normalising(how: Normalising) -> Iterator[None]:
     """Inside, BatchNorm layers follow `how`; outside of any, they take the batch's statistics.
 
-    A module's `forward` takes inputs only, so that this argument reaches the layers beside it. It belongs to the call: nothing
-    of it is left in a module afterwards, and calls in other threads have their own.
+    A module's `forward` takes inputs only, so that this argument reaches the layers beside it. It belongs to the call:
+    nothing of it is left in a module afterwards, and calls in other threads have their own.
     """
     token = _NORMALISING.set(how)
     try:

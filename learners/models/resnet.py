@@ -1,4 +1,6 @@
-"""ResNet-10 and -18 as they are used for small images: a 3×3 stem without pooling, four stages, a linear head on the spatial mean."""
+"""ResNet-10 and -18 as they are used for small images: a 3×3 stem without pooling, four stages, a linear head on the
+spatial mean.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class ResNet:
 
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
         if len(inputs) != 3:
-            raise ValueError(f"a ResNet wants images (channels, height, width), the task gives inputs of shape {inputs}")
+            raise ValueError(
+                f"a ResNet wants images (channels, height, width), the task gives inputs of shape {inputs}"
+            )
         model = nn.Sequential()
         model.add_module("stem", nn.Conv2d(inputs[0], self.width, 3, padding=1, bias=False))
         model.add_module("norm", BatchNorm(self.width))

@@ -25,8 +25,8 @@ TRACED = 4  # shapes
 class Actors:
     """The policy with the parameters of several tasks, by a graph that is traced once.
 
-    What vmap and modules do in Python at every call takes longer than a small policy's arithmetic. Only the first few shapes
-    are traced, which full waves have; where episodes end early there are many more.
+    What vmap and modules do in Python at every call takes longer than a small policy's arithmetic. Only the first few
+    shapes are traced, which full waves have; where episodes end early there are many more.
     """
 
     policy: Functional
@@ -37,7 +37,9 @@ class Actors:
         stacked = {k: torch.stack([phi[k] for phi in phis]) for k in phis[0]}
 
         def act(which: Array, observations: Array, noise: Array) -> Array:
-            weights = stacked if len(which) == len(phis) else {k: v[torch.from_numpy(which)] for k, v in stacked.items()}
+            weights = (
+                stacked if len(which) == len(phis) else {k: v[torch.from_numpy(which)] for k, v in stacked.items()}
+            )
             like = next(iter(weights.values()))
             x = _like(observations, like)
             with torch.no_grad():

@@ -39,7 +39,10 @@ class Attack:
 
     def __post_init__(self) -> None:
         if self.eps < 0 or self.steps < 1 or self.step_size < 0:
-            raise ValueError(f"eps={self.eps}, steps={self.steps}, step_size={self.step_size}: 0 or more, 1 or more and 0 or more wanted")
+            raise ValueError(
+                f"eps={self.eps}, steps={self.steps}, step_size={self.step_size}: 0 or more, 1 or more and 0 or more "
+                "wanted"
+            )
         if self.low >= self.high:
             raise ValueError(f"low={self.low} is not below high={self.high}")
 
@@ -85,7 +88,9 @@ class SupportAttacked:
         """`data` with its support inputs moved against the model at `params`."""
         frozen = tree.apply(Tensor.detach, params)
         x = self.attack(
-            lambda x: self.objective.support(frozen, data | {"support_x": x}, step), data["support_x"], data.get("support_start")
+            lambda x: self.objective.support(frozen, data | {"support_x": x}, step),
+            data["support_x"],
+            data.get("support_start"),
         )
         return data | {"support_x": x}
 
@@ -112,4 +117,6 @@ def drawn_starts(attack: Attack, data: Arrays, rng: np.random.Generator) -> Arra
     """Random starts for support and query, where the attack has any."""
     if not attack.random_start:
         return {}
-    return {f"{part}_start": attack.draw(data[f"{part}_x"], rng) for part in ("support", "query") if f"{part}_x" in data}
+    return {
+        f"{part}_start": attack.draw(data[f"{part}_x"], rng) for part in ("support", "query") if f"{part}_x" in data
+    }

@@ -27,9 +27,9 @@ class Control:
     loss on index k;  `query` is the surrogate  −mean π_φ(a|s)/π_old(a|s) · A  on the last index, sampled by the adapted
     policy, never by θ.
 
-    With `exploration` = c > 0 the outer loss also holds  −c R̂ · mean log π_θ(a|s)  on index 0, R̂ being the adapted policy's
-    return, standardised by a running mean and variance: what θ samples is credited with what adaptation makes of it
-    (E-MAML, Stadie et al. 2018).
+    With `exploration` = c > 0 the outer loss also holds  −c R̂ · mean log π_θ(a|s)  on index 0, R̂ being the adapted
+    policy's return, standardised by a running mean and variance: what θ samples is credited with what adaptation makes
+    of it (E-MAML, Stadie et al. 2018).
     """
 
     policy: Functional
@@ -69,7 +69,9 @@ class Control:
         return -self.exploration * standard * policy_gradient.masked_mean(log_p, data["mask"][0])
 
     def distribution(self, params: Params, data: Data, step: int = -1) -> Tensor:
-        """Means and log standard deviations [n, 2a] on the time steps of index `step`, by default the adapted policy's."""
+        """Means and log standard deviations [n, 2a] on the time steps of index `step`, by default the adapted
+        policy's.
+        """
         return self.policy(params, data["observations"][step])
 
     def measure(self, params: Params, data: Data) -> Metrics:
@@ -93,7 +95,13 @@ class Control:
         each = {f"inner_grad_norm_step{k}": data["inner_grad_norm"][k] for k in steps}
         moved = {f"adaptation_kl_step{k + 1}": data["adaptation_kl"][k + 1] for k in steps}
         costs = {f"perf/{name}": data[name].sum() for name in ("physics_s", "policy_s", "adaptation_s")}
-        return {"adaptation_gain": returns[-1] - returns[0]} | each | moved | costs | {"count/env_steps": data["mask"].sum()}
+        return (
+            {"adaptation_gain": returns[-1] - returns[0]}
+            | each
+            | moved
+            | costs
+            | {"count/env_steps": data["mask"].sum()}
+        )
 
     def slots(self) -> Params:
         return {f"{EXPLORATION}/{name}": torch.zeros(()) for name in RUNNING} if self.exploration else {}

@@ -17,7 +17,9 @@ EPS = 1e-8
 
 
 def discounted(rewards: Floats, starts: NDArray[np.bool_], discount: float) -> Floats:
-    """Σ_{s ≥ t} γ^{s−t} r_s within each episode; `starts` marks an episode's first step. Arrays [n]; the time limit ends an episode."""
+    """Σ_{s ≥ t} γ^{s−t} r_s within each episode; `starts` marks an episode's first step. Arrays [n]; the time limit
+    ends an episode.
+    """
     out, total = np.zeros(len(rewards)), 0.0
     for t in range(len(rewards) - 1, -1, -1):
         total = rewards[t] + discount * total
@@ -30,8 +32,8 @@ def discounted(rewards: Floats, starts: NDArray[np.bool_], discount: float) -> F
 def baseline(observations: Floats, time: NDArray[np.integer], targets: Floats) -> Floats:
     """Predictions [n] of a least-squares fit to the same `targets`, ridge 1e-5, in float64.
 
-    Features as in rllab's linear baseline (Duan et al. 2016): o clipped to ±10, o², t/100 and its square and cube, 1; time
-    within the episode. Not a number where the inputs are not.
+    Features as in rllab's linear baseline (Duan et al. 2016): o clipped to ±10, o², t/100 and its square and cube, 1;
+    time within the episode. Not a number where the inputs are not.
     """
     o = np.clip(observations.astype(np.float64), -10, 10)
     t = time.astype(np.float64)[:, None] / 100
@@ -45,7 +47,9 @@ def baseline(observations: Floats, time: NDArray[np.integer], targets: Floats) -
 
 
 def advantages(rewards: Floats, values: Floats, starts: NDArray[np.bool_], discount: float, gae: float) -> Floats:
-    """Generalised advantage estimates (Schulman et al. 2016) with value 0 behind an episode's last step, standardised over the task."""
+    """Generalised advantage estimates (Schulman et al. 2016) with value 0 behind an episode's last step, standardised
+    over the task.
+    """
     last = np.append(starts[1:], True)
     following = np.where(last, 0.0, np.append(values[1:], 0.0))
     raw = discounted(rewards + discount * following - values, starts, discount * gae)
@@ -54,7 +58,9 @@ def advantages(rewards: Floats, values: Floats, starts: NDArray[np.bool_], disco
 
 
 def log_prob(distribution: Tensor, actions: Tensor) -> Tensor:
-    """log π(a|s) [n], summed over the action's dimensions; `distribution` [n, 2a] is means and log standard deviations."""
+    """log π(a|s) [n], summed over the action's dimensions; `distribution` [n, 2a] is means and log standard
+    deviations.
+    """
     mean, log_std = distribution.chunk(2, -1)
     z = (actions - mean) * torch.exp(-log_std)
     return (-0.5 * z**2 - log_std - 0.5 * float(np.log(2 * np.pi))).sum(-1)
@@ -70,10 +76,10 @@ def inner_loss(kind: InnerLoss, log_p: Tensor, old_log_p: Tensor, data: dict[str
     """The loss of an inner step, a mean over valid time steps.
 
     log_likelihood     −mean log π(a|s) · A   (REINFORCE, as in the MAML paper)
-    likelihood_ratio   −mean π(a|s)/π_old(a|s) · A   (the same gradient at π_old; a curvature of lower variance: Rothfuss
-                       et al. 2019, and the importance weight that a candidate θ needs)
-    dice               −mean (D_t − D_{t−1}) · A,  D_t = Π_{s ≤ t} π/π_old  within each episode (Foerster et al. 2018, with
-                       advantages as in Farquhar et al. 2019): where A are returns to go, unbiased to all orders
+    likelihood_ratio   −mean π(a|s)/π_old(a|s) · A   (the same gradient at π_old; a curvature of lower variance:
+                       Rothfuss et al. 2019, and the importance weight that a candidate θ needs)
+    dice               −mean (D_t − D_{t−1}) · A,  D_t = Π_{s ≤ t} π/π_old  within each episode (Foerster et al. 2018,
+                       with advantages as in Farquhar et al. 2019): where A are returns to go, unbiased to all orders
     """
     mask, advantage = data["mask"], data["advantages"]
     if kind == "log_likelihood":

@@ -1,4 +1,6 @@
-"""RL tasks become data: rollout and adaptation alternate until a task is recorded, and differentiated like any other."""
+"""RL tasks become data: rollout and adaptation alternate until a task is recorded, and differentiated like any
+other.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,13 @@ class Recorder:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_actors", Actors(self.policy))
 
-    def lived(self, objective: Objective, learner: Learner, meta: Meta, tasks: Data, steps: int, *, testing: bool) -> Data:
+    def lived(
+        self, objective: Objective, learner: Learner, meta: Meta, tasks: Data, steps: int, *, testing: bool
+    ) -> Data:
         """Live through the tasks of a shard: sample with φ_k, adapt on that, and so on; data of every task, stacked.
 
-        Each task's own φ_k, its own generator. A learner's `path` is lazy: φ_{k+1} is computed from index k after it is filled.
+        Each task's own φ_k, its own generator. A learner's `path` is lazy: φ_{k+1} is computed from index k after it is
+        filled.
         """
         arrays = {k: v.cpu().numpy() for k, v in tasks.items()}
         rngs = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in arrays.pop(SEED)]
@@ -65,15 +70,26 @@ class Recorder:
             adapted += time.perf_counter() - began
             for data in lived if not testing else ():
                 data["adaptation_s"][k] = adapted / len(lived)
-        return {k: torch.stack([d[k] for d in lived]) for k in lived[0]} | {k: v for k, v in tasks.items() if k == GROUP}
+        return {k: torch.stack([d[k] for d in lived]) for k in lived[0]} | {
+            k: v for k, v in tasks.items() if k == GROUP
+        }
 
-    def _watch(self, objective: Objective, learner: Learner, data: Data, k: int, steps: int, theta: Params, phi: Params) -> None:
-        """What tells whether adaptation does anything: the size of its gradient, and how far φ_k's actions are from θ's."""
+    def _watch(
+        self, objective: Objective, learner: Learner, data: Data, k: int, steps: int, theta: Params, phi: Params
+    ) -> None:
+        """What tells whether adaptation does anything: the size of its gradient, and how far φ_k's actions are from
+        θ's.
+        """
         if not k:
-            data |= {name: data["return"].new_zeros(steps + 1) for name in ("inner_grad_norm", "adaptation_kl", "adaptation_s")}
+            data |= {
+                name: data["return"].new_zeros(steps + 1)
+                for name in ("inner_grad_norm", "adaptation_kl", "adaptation_s")
+            }
         if k < steps:
             moving, still = partition(phi, getattr(learner, "adapts", ("*",)))
-            data["inner_grad_norm"][k] = tree.norm(differentiate(lambda p: objective.support(still | p, data, k), moving)[0])
+            data["inner_grad_norm"][k] = tree.norm(
+                differentiate(lambda p: objective.support(still | p, data, k), moving)[0]
+            )
         with torch.no_grad():
             apart = policy_gradient.kl(self.policy(theta, data["observations"][k]), data["old"][k])
             data["adaptation_kl"][k] = policy_gradient.masked_mean(apart, data["mask"][k])

@@ -45,7 +45,11 @@ class Robustness:
 
 
 def verb(
-    tester: Learner, objective: Supervised, steps: int, how: Robustness, draw: Callable[[Arrays, np.random.Generator], Arrays]
+    tester: Learner,
+    objective: Supervised,
+    steps: int,
+    how: Robustness,
+    draw: Callable[[Arrays, np.random.Generator], Arrays],
 ) -> Verb:
     """Rows "support/query/measure" after `steps` inner steps, for each kind of support and of query set.
 
@@ -60,9 +64,13 @@ def verb(
                 seen = objective if support == "clean" else SupportAttacked(objective, how.fgsm())
                 phi = meta.slots | tester.adapt(meta, seen, data, steps)
                 for view in objective.views():
-                    versions = {"clean": data} | {name: attacked_query(a, view, phi, data) for name, a in how.queries().items()}
+                    versions = {"clean": data} | {
+                        name: attacked_query(a, view, phi, data) for name, a in how.queries().items()
+                    }
                     for query, version in versions.items():
-                        rows |= {f"{support}/{query}/{name}": value for name, value in view.measure(phi, version).items()}
+                        rows |= {
+                            f"{support}/{query}/{name}": value for name, value in view.measure(phi, version).items()
+                        }
         return Share({}, torch.ones_like(next(iter(rows.values()))), rows)
 
     return Verb(run, draw, light=True)

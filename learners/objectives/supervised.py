@@ -50,7 +50,9 @@ class Supervised:
             if mode not in get_args(NormMode):
                 raise ValueError(f"norm mode {mode!r} is not one of {', '.join(get_args(NormMode))}")
         if "frozen" in self.report and self.norm != "frozen":
-            raise ValueError(f"norm mode 'frozen' cannot be reported: this run trains with {self.norm!r} and carries no statistics")
+            raise ValueError(
+                f"norm mode 'frozen' cannot be reported: this run trains with {self.norm!r} and carries no statistics"
+            )
 
     def support(self, params: Params, data: Data, step: int) -> Tensor:
         x, y = data["support_x"], data["support_y"]
@@ -87,7 +89,12 @@ class Supervised:
         if self.norm == "support_statistics":
             both = torch.cat([context, x])
             return self.model(params, both, Statistics("first", reference=len(context)))[len(context) :]
-        return torch.cat([self._one_by_one(params, context, part) for part in torch.split(x, max(1, ROWS_AT_ONCE // (len(context) + 1)))])
+        return torch.cat(
+            [
+                self._one_by_one(params, context, part)
+                for part in torch.split(x, max(1, ROWS_AT_ONCE // (len(context) + 1)))
+            ]
+        )
 
     def own(self) -> Statistics:
         """What a support set is normalised by."""
@@ -121,7 +128,9 @@ class Supervised:
     def _loss(self, output: Tensor, target: Tensor, data: Data) -> Tensor:
         if self.loss == "mse":
             if output.shape != target.shape:  # torch would broadcast, and learn nonsense
-                raise ValueError(f"targets of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}")
+                raise ValueError(
+                    f"targets of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}"
+                )
             return F.mse_loss(output, target)
         if self.scale == "mean":
             return F.cross_entropy(output, target)

@@ -1,4 +1,6 @@
-"""ProMP as an outer step (Rothfuss et al. 2019, Algorithm 1): several Adam steps on the same episodes, clipped and held near."""
+"""ProMP as an outer step (Rothfuss et al. 2019, Algorithm 1): several Adam steps on the same episodes, clipped and held
+near.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learners.base import Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, training_steps, unpack
+from learners.base import (
+    Data,
+    Learner,
+    Meta,
+    Metrics,
+    Objective,
+    Params,
+    Reduce,
+    Share,
+    Verb,
+    Verbs,
+    pack,
+    training_steps,
+    unpack,
+)
 from learners.engine import tree
 from learners.engine.derivative import differentiate_with
 from learners.inner import model_params, single_loss
@@ -39,7 +55,8 @@ class ProMP:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.clip <= 0 or self.kl_penalty < 0 or self.lr < 0:
             raise ValueError(
-                f"epochs={self.epochs}, clip={self.clip}, kl_penalty={self.kl_penalty}, lr={self.lr}: at least 1, > 0, ≥ 0 and ≥ 0 wanted"
+                f"epochs={self.epochs}, clip={self.clip}, kl_penalty={self.kl_penalty}, lr={self.lr}: at least 1, > 0, "
+                "≥ 0 and ≥ 0 wanted"
             )
 
     def init(self, meta: Meta) -> Params:
@@ -49,7 +66,9 @@ class ProMP:
         if not isinstance(objective, Stochastic):
             raise ValueError(f"ProMP wants a policy, not {objective.summary()}; choose --outer.name descent")
         if not single_loss(learner):
-            raise ValueError(f"ProMP is about the loss after adaptation; {type(learner).__name__} wants --outer.name descent")
+            raise ValueError(
+                f"ProMP is about the loss after adaptation; {type(learner).__name__} wants --outer.name descent"
+            )
         policy, steps = objective, training_steps(learner)
 
         def proximal(at: Params, operand: Params, data: Data) -> Share:
@@ -58,9 +77,12 @@ class ProMP:
             def loss(params: Params) -> tuple[Tensor, Metrics]:
                 phis = list(learner.path(Meta(params, slots), policy, data, steps))
                 clipped = self._clipped(policy.distribution(phis[-1], data), data)
-                apart = torch.stack([_mean(policy_gradient.kl(data["old"][k], policy.distribution(phis[k], data, k)), data, k)
+                apart = torch.stack([_mean(policy_gradient.kl(data["old"][k], policy.distribution(phis[k], data, k)),
+                                     data, k)
                                      for k in range(steps)]).sum() if steps else clipped.new_zeros(())  # fmt: skip
-                return clipped + self.kl_penalty * apart + policy.exploration_loss(slots | model_params(params), data), {"inner_kl": apart}
+                return clipped + self.kl_penalty * apart + policy.exploration_loss(
+                    slots | model_params(params), data
+                ), {"inner_kl": apart}
 
             grads, value, metrics = differentiate_with(loss, operand)
             return Share(grads, torch.ones_like(value), {"proximal_loss": value} | metrics)
@@ -75,7 +97,11 @@ class ProMP:
                 grads = reduce("proximal", params).mean()
             moved, state, _ = self._adam().apply(Meta(params, {}), state, pack(grads, {}), 1.0)
             params = moved.params
-        return Meta(params, first.slots), state, metrics | {"outer/step_norm": float(tree.norm(tree.sub(params, meta.params)))}
+        return (
+            Meta(params, first.slots),
+            state,
+            metrics | {"outer/step_norm": float(tree.norm(tree.sub(params, meta.params)))},
+        )
 
     def _adam(self) -> Descent:
         return Descent(lr=self.lr)

@@ -8,7 +8,21 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from learners.base import Data, Fixed, Learner, Meta, Objective, Params, Reduce, Share, Sum, Verb, Verbs, training_steps, unpack
+from learners.base import (
+    Data,
+    Fixed,
+    Learner,
+    Meta,
+    Objective,
+    Params,
+    Reduce,
+    Share,
+    Sum,
+    Verb,
+    Verbs,
+    training_steps,
+    unpack,
+)
 from learners.engine import tree
 from learners.engine.conjugate_gradient import conjugate_gradient
 from learners.engine.derivative import gauss_newton
@@ -52,10 +66,14 @@ class TrustRegion:
 
     def __post_init__(self) -> None:
         if self.max_kl <= 0 or not 0 < self.shrink < 1 or self.damping < 0:
-            raise ValueError(f"max_kl={self.max_kl}, shrink={self.shrink}, damping={self.damping}: > 0, between 0 and 1, and ≥ 0 wanted")
+            raise ValueError(
+                f"max_kl={self.max_kl}, shrink={self.shrink}, damping={self.damping}: > 0, between 0 and 1, and ≥ 0 "
+                "wanted"
+            )
         if min(self.solver_steps, self.tries, self.curvature_every) < 1:
             raise ValueError(
-                f"solver_steps={self.solver_steps}, tries={self.tries}, curvature_every={self.curvature_every}: at least 1 wanted"
+                f"solver_steps={self.solver_steps}, tries={self.tries}, curvature_every={self.curvature_every}: at "
+                "least 1 wanted"
             )
 
     def init(self, meta: Meta) -> Params:
@@ -65,9 +83,14 @@ class TrustRegion:
         if not isinstance(objective, Stochastic):
             raise ValueError(f"a trust region wants a policy, not {objective.summary()}; choose --outer.name descent")
         if not single_loss(learner):
-            raise ValueError(f"a trust region is about the loss after adaptation; {type(learner).__name__} wants --outer.name descent")
+            raise ValueError(
+                f"a trust region is about the loss after adaptation; {type(learner).__name__} wants --outer.name "
+                "descent"
+            )
         if self.curvature_every > 1 and getattr(objective, "inner_loss", "") == "dice":
-            raise ValueError(f"curvature_every={self.curvature_every}: inner_loss='dice' needs every time step, 1 wanted")
+            raise ValueError(
+                f"curvature_every={self.curvature_every}: inner_loss='dice' needs every time step, 1 wanted"
+            )
         policy, every, steps = objective, self.curvature_every, training_steps(learner)
 
         def adapted(meta: Meta, params: Params, data: Data) -> Tensor:
@@ -77,7 +100,9 @@ class TrustRegion:
         def curvature(at: Params, data: Data) -> Fixed:
             meta, data = unpack(at), _thinned(data, every)
             mask = data["mask"][-1]
-            product = gauss_newton(lambda p: adapted(meta, p, data), meta.params, lambda value, u: _fisher(value, u) * mask.unsqueeze(-1))
+            product = gauss_newton(
+                lambda p: adapted(meta, p, data), meta.params, lambda value, u: _fisher(value, u) * mask.unsqueeze(-1)
+            )
             return lambda v: Share(product(v), mask.sum(), {})
 
         def surrogate(at: Params, operand: Params, data: Data) -> Share:
@@ -86,10 +111,15 @@ class TrustRegion:
             with torch.no_grad():
                 phi = learner.adapt(Meta(operand, meta.slots), policy, data, steps)
                 away = (policy_gradient.kl(data["old"][-1], policy.distribution(phi, data)) * mask).sum()
-                loss = policy.query(meta.slots | phi, data) + policy.exploration_loss(meta.slots | model_params(operand), data)
+                loss = policy.query(meta.slots | phi, data) + policy.exploration_loss(
+                    meta.slots | model_params(operand), data
+                )
             return Share({"loss": loss, "kl": away, "steps": mask.sum()}, torch.ones_like(loss), {})
 
-        return {"curvature": Verb(lambda at, v, data: curvature(at, data)(v), fix=curvature), "surrogate": Verb(surrogate)}
+        return {
+            "curvature": Verb(lambda at, v, data: curvature(at, data)(v), fix=curvature),
+            "surrogate": Verb(surrogate),
+        }
 
     def step(self, meta: Meta, state: Params, reduce: Reduce) -> tuple[Meta, Params, dict[str, float]]:
         grads, slots = unpack(reduce("gradient", None).mean())
@@ -102,7 +132,11 @@ class TrustRegion:
         curved = float(tree.dot(x, tree.sub(grads, residual)))  # xᵀ(H + damping)x
         metrics = {"outer/grad_norm": float(tree.norm(grads)), "outer/solver_residual": float(tree.norm(residual))}
         if curved <= 0:
-            return Meta(meta.params, slots), state, metrics | {"outer/kl": 0.0, "outer/tries": 0.0, "outer/improvement": 0.0}
+            return (
+                Meta(meta.params, slots),
+                state,
+                metrics | {"outer/kl": 0.0, "outer/tries": 0.0, "outer/improvement": 0.0},
+            )
         full = tree.scale((2 * self.max_kl / curved) ** 0.5, x)
         before, apart = _judged(reduce("surrogate", meta.params))
         metrics["outer/kl_before"] = apart  # 0 up to rounding, or the workers do not repeat what they recorded
@@ -112,7 +146,11 @@ class TrustRegion:
             if loss < before and away <= self.max_kl:
                 found = {"outer/kl": away, "outer/tries": float(tried + 1), "outer/improvement": before - loss}
                 return Meta(candidate, slots), state, metrics | found
-        return Meta(meta.params, slots), state, metrics | {"outer/kl": 0.0, "outer/tries": float(self.tries), "outer/improvement": 0.0}
+        return (
+            Meta(meta.params, slots),
+            state,
+            metrics | {"outer/kl": 0.0, "outer/tries": float(self.tries), "outer/improvement": 0.0},
+        )
 
 
 def _fisher(distribution: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Inversion calibration following the inner loop (ICFIL, PURER §3.4): at test, adapted models look again at what they believe.
+"""Inversion calibration following the inner loop (ICFIL, PURER §3.4): at test, adapted models look again at what they
+believe.
 
-No code of it was ever published, and its constants are in no text that we could read: τ, steps, rates, the number of images and the absence
-of a projection head are our decisions.
+No code of it was ever published, and its constants are in no text that we could read: τ, steps, rates, the number of
+images and the absence of a projection head are our decisions.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ HEAD = ("head*",)
 
 @dataclass(frozen=True)
 class Calibration:
-    """After the inner loop on a real support set S: invert images Ŝ from the adapted model ψ = (f, h), draw each real image towards the
-    inverted ones of its class and away from the others (f), and fit the head to both (h).
+    """After the inner loop on a real support set S: invert images Ŝ from the adapted model ψ = (f, h), draw each real
+    image towards the inverted ones of its class and away from the others (f), and fit the head to both (h).
     """
 
     kind: Literal["off", "contrastive", "contrastive+head"] = "contrastive+head"
@@ -56,8 +57,8 @@ class Calibration:
             raise ValueError(f"{self}: per_class of at least 1, steps of 0 or more and a positive temperature wanted")
 
     def __call__(self, objective: Supervised, slots: Params, params: Params, data: Data, lr: float) -> Params:
-        """ψ after calibration, from ψ = `params` after the inner loop; `slots` are constants of the model, `data` has the support set and
-        the `noise` that Ŝ begins from.
+        """ψ after calibration, from ψ = `params` after the inner loop; `slots` are constants of the model, `data` has
+        the support set and the `noise` that Ŝ begins from.
         """
         statistics = objective.own()
         ways = len(data["noise"]) // self.per_class
@@ -83,7 +84,11 @@ class Calibration:
     def _inverted(self, objective: Supervised, params: Params, noise: Tensor, labels: Tensor) -> Tensor:
         def loss(p: Params) -> Tensor:
             x = p["x"]
-            return F.cross_entropy(objective.model(params, x, objective.own()), labels) + self.tv * total_variation(x) + self.l2 * norm(x)
+            return (
+                F.cross_entropy(objective.model(params, x, objective.own()), labels)
+                + self.tv * total_variation(x)
+                + self.l2 * norm(x)
+            )
 
         adam, images = Adam(), {"x": noise}
         state = adam.init(images)
@@ -95,8 +100,8 @@ class Calibration:
 def contrastive(real: Tensor, real_y: Tensor, inverted: Tensor, inverted_y: Tensor, temperature: float) -> Tensor:
     """Mean over real x, and over its positives p, of −log[ e^{z·p/τ} / (e^{z·p/τ} + Σ_n e^{z·n/τ}) ], z normalised.
 
-    Positives and negatives are the inverted images of the same and of other labels. Features [r, d] and [i, d], labels [r] and [i].
-    (Supervised contrastive loss, Khosla et al. 2020, between two sets.)
+    Positives and negatives are the inverted images of the same and of other labels. Features [r, d] and [i, d], labels
+    [r] and [i]. (Supervised contrastive loss, Khosla et al. 2020, between two sets.)
     """
     similarity = F.normalize(real, dim=1) @ F.normalize(inverted, dim=1).t() / temperature  # [r, i]
     positive = real_y[:, None] == inverted_y[None, :]
@@ -107,13 +112,19 @@ def contrastive(real: Tensor, real_y: Tensor, inverted: Tensor, inverted_y: Tens
 
 @dataclass(frozen=True)
 class DataFreeMAML(MAML):
-    """MAML (or, by what `adapts`, ANIL) whose inner loop at meta-test is followed by calibration: the learner of PURER."""
+    """MAML (or, by what `adapts`, ANIL) whose inner loop at meta-test is followed by calibration: the learner of
+    PURER.
+    """
 
     calibration: Calibration = field(default_factory=Calibration)
     """At meta-test, after the last inner step."""
 
     def at_test(self) -> Learner:
-        return self if self.calibration.kind == "off" else Calibrated(**{k: getattr(self, k) for k in (f.name for f in fields(self))})
+        return (
+            self
+            if self.calibration.kind == "off"
+            else Calibrated(**{k: getattr(self, k) for k in (f.name for f in fields(self))})
+        )
 
 
 @dataclass(frozen=True)

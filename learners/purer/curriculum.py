@@ -15,9 +15,10 @@ from learners.base import Params
 class Switch:
     """Fires once the meta-learner has mastered what there is, then begins anew.
 
-    plateau: the mean query accuracy of the pseudo-episodes did not strictly exceed its best for `patience` meta-iterations in a
-    row (the official code). rising: the sum of their outer losses rose `patience` times in a row (the paper's sentence taken
-    literally, which has the sign the other way round). off: never; D then descends L_EI only (EI instead of ECI).
+    plateau: the mean query accuracy of the pseudo-episodes did not strictly exceed its best for `patience`
+    meta-iterations in a row (the official code). rising: the sum of their outer losses rose `patience` times in a row
+    (the paper's sentence taken literally, which has the sign the other way round). off: never; D then descends L_EI
+    only (EI instead of ECI).
     """
 
     kind: Literal["plateau", "rising", "off"] = "plateau"
@@ -36,7 +37,9 @@ class Switch:
         return {"reference": _scalar(-torch.inf), "count": _scalar(0)}
 
     def update(self, state: Params, iteration: int, accuracy: float, loss: float) -> tuple[Params, bool]:
-        """(the next state, whether it fires) after an iteration, counted from 0, with this mean query accuracy and summed outer loss."""
+        """(the next state, whether it fires) after an iteration, counted from 0, with this mean query accuracy and
+        summed outer loss.
+        """
         if self.kind == "off" or iteration < self.warmup:
             return state, False
         reference, count = float(state["reference"]), int(state["count"])

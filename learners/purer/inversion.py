@@ -1,4 +1,6 @@
-"""Episode inversion: images that a classifier takes for its classes, from its weights and BatchNorm statistics alone (PURER, §3.2)."""
+"""Episode inversion: images that a classifier takes for its classes, from its weights and BatchNorm statistics alone
+(PURER, §3.2).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ FROZEN = Statistics("frozen")
 
 @dataclass(frozen=True)
 class Teacher:
-    """A pre-trained classifier: its function, its parameters with its BatchNorm layers' running statistics, its number of classes."""
+    """A pre-trained classifier: its function, its parameters with its BatchNorm layers' running statistics, its number
+    of classes.
+    """
 
     model: Functional
     params: Params
@@ -41,10 +45,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Inversion:
-    """L_EI(x̂) = CE(M(roll x̂), y) + tv·R_TV(x̂) + l2·‖x̂‖₂ + features·R_feature(x̂), and the rate at which Adam descends it.
+    """L_EI(x̂) = CE(M(roll x̂), y) + tv·R_TV(x̂) + l2·‖x̂‖₂ + features·R_feature(x̂), and the rate at which Adam
+    descends it.
 
-    Norms are not squared and of the whole batch tensor, so the prior weakens with its size like 1/√n. Constants are those of the
-    official code, which come from DeepInversion's for ImageNet (Hu et al. 2023; Yin et al. 2020).
+    Norms are not squared and of the whole batch tensor, so the prior weakens with its size like 1/√n. Constants are
+    those of the official code, which come from DeepInversion's for ImageNet (Hu et al. 2023; Yin et al. 2020).
     """
 
     tv: float = 1e-4
@@ -70,7 +75,12 @@ class Inversion:
             "classification": F.cross_entropy(logits, labels), "total_variation": total_variation(rolled),
             "norm": norm(rolled), "features": feature_distance(seen, teacher.params),
         }  # fmt: skip
-        loss = terms["classification"] + self.tv * terms["total_variation"] + self.l2 * terms["norm"] + self.features * terms["features"]
+        loss = (
+            terms["classification"]
+            + self.tv * terms["total_variation"]
+            + self.l2 * terms["norm"]
+            + self.features * terms["features"]
+        )
         return loss, terms
 
 
@@ -91,7 +101,9 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 def feature_distance(seen: Params, running: Params) -> Tensor:
-    """Σ over BatchNorm layers of ‖μ(x̂) − μ̂‖₂ + ‖σ²(x̂) − σ̂²‖₂: per channel over batch and space, the variance biased."""
+    """Σ over BatchNorm layers of ‖μ(x̂) − μ̂‖₂ + ‖σ²(x̂) − σ̂²‖₂: per channel over batch and space, the variance
+    biased.
+    """
     each = [norm(value - running[name]) for name, value in seen.items()]
     return torch.stack(each).sum() if each else torch.zeros(())
 

@@ -1,4 +1,6 @@
-"""The objective of a data-free run: real episodes as ever, pseudo-episodes cut from D, and the teachers that D is inverted from."""
+"""The objective of a data-free run: real episodes as ever, pseudo-episodes cut from D, and the teachers that D is
+inverted from.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ class DataFree(Supervised):
 
 
 def episode(images: Tensor, data: Data) -> Data:
-    """A pseudo-episode: `support_rows` [ways, shots] and `query_rows` [ways, queries] say which images of D, flattened over its
-    first three axes; labels are 0 … ways − 1 in the order of the rows.
+    """A pseudo-episode: `support_rows` [ways, shots] and `query_rows` [ways, queries] say which images of D, flattened
+    over its first three axes; labels are 0 … ways − 1 in the order of the rows.
     """
     flat = images.flatten(0, 2)
     found: Data = {}

@@ -1,7 +1,8 @@
-"""PURER's meta-iteration over a fleet: invert per teacher, learn from pseudo-episodes, make them harder once they are mastered.
+"""PURER's meta-iteration over a fleet: invert per teacher, learn from pseudo-episodes, make them harder once they are
+mastered.
 
-Hu, Shen, Wang, Liu, Tao, Yuan: Architecture, Dataset and Model-Scale Agnostic Data-free Meta-Learning, CVPR 2023. Where the official
-code and the paper part, docstrings say which one this follows.
+Hu, Shen, Wang, Liu, Tao, Yuan: Architecture, Dataset and Model-Scale Agnostic Data-free Meta-Learning, CVPR 2023. Where
+the official code and the paper part, docstrings say which one this follows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,21 @@ from torch import Tensor
 
 from envs.base import ADVERSARY, TEACHERS
 from learners.algorithms.maml import MAML
-from learners.base import CARRIED, Data, Learner, Meta, Metrics, Objective, Params, Reduce, Share, Verb, Verbs, pack, unpack
+from learners.base import (
+    CARRIED,
+    Data,
+    Learner,
+    Meta,
+    Metrics,
+    Objective,
+    Params,
+    Reduce,
+    Share,
+    Verb,
+    Verbs,
+    pack,
+    unpack,
+)
 from learners.engine import tree
 from learners.engine.derivative import differentiate, differentiate_with
 from learners.engine.optimisers import Adam
@@ -31,10 +46,10 @@ from learners.purer.objective import DataFree, episode
 class Purer:
     """min over θ, max over D (when the switch fires) of the outer loss on episodes of D, D kept plausible by L_EI.
 
-    A meta-iteration is: one Adam step on D by Σ_i ∇L_EI of teacher i, each on its own slice, minus λ ∇_D L_outer of one fresh episode
-    if the switch fired, differentiated through the inner loop into support and query images; then one Adam step on θ by the mean over
-    pseudo-episodes of D. D begins as N(0, 1) noise. The driver owns D and its moments; workers are sent D and answer with
-    gradients, so a lost worker costs time only.
+    A meta-iteration is: one Adam step on D by Σ_i ∇L_EI of teacher i, each on its own slice, minus λ ∇_D L_outer of one
+    fresh episode if the switch fired, differentiated through the inner loop into support and query images; then one
+    Adam step on θ by the mean over pseudo-episodes of D. D begins as N(0, 1) noise. The driver owns D and its moments;
+    workers are sent D and answer with gradients, so a lost worker costs time only.
 
     Each teacher has weight 1 (the official code weighs teacher i of n by n − i, by adding up inside its loop).
     """
@@ -50,7 +65,8 @@ class Purer:
     teachers: int = 0
     """How many there are; 0: as the task says when the run begins."""
     start: Literal["random", "average", "best"] = "random"
-    """θ₀: the model's initialisation, the mean of all teachers of its architecture, or the most accurate of them with a fresh head."""
+    """θ₀: the model's initialisation, the mean of all teachers of its architecture, or the most accurate of them with a
+    fresh head."""
 
     def __post_init__(self) -> None:
         if min(self.lr, self.strength, self.teachers) < 0:
@@ -68,11 +84,13 @@ class Purer:
         if not isinstance(objective, DataFree):
             raise ValueError("the outer step of PURER wants a data-free task: --task.name data_free")
         if not single_loss(learner):
-            raise ValueError(f"the outer step of PURER wants MAML, ANIL or a prototypical network, not {type(learner).__name__}")
+            raise ValueError(
+                f"the outer step of PURER wants MAML, ANIL or a prototypical network, not {type(learner).__name__}"
+            )
         return {
             "noise": Verb(_noise, lambda data, rng: data | {"noise": _standard_normal(objective, rng)}, light=True),
-            "invert": Verb(_invert(objective, self.inversion), lambda data, rng: data | {"shift": _shift(self.inversion.jitter, rng)}),
-            "episodes": Verb(_episodes(learner, objective)),
+            "invert": Verb(_invert(objective, self.inversion), lambda data,
+            rng: data | {"shift": _shift(self.inversion.jitter, rng)}), "episodes": Verb(_episodes(learner, objective)),
             "adversary": Verb(_adversary(learner, objective)),
         }  # fmt: skip
 
@@ -107,7 +125,9 @@ class Purer:
             flat = gradient.flatten(0, 2)
             flat = flat.index_add(0, hard[CARRIED + "which"][0], hard[CARRIED + "gradient"][0], alpha=-self.strength)
             gradient = flat.view_as(images)
-        moved, moments = adam.update({"images": images}, {"images": gradient}, tree.under("adam", state), self.inversion.lr)
+        moved, moments = adam.update(
+            {"images": images}, {"images": gradient}, tree.under("adam", state), self.inversion.lr
+        )
         metrics = {f"purer/{k}": float(v.mean()) for k, v in found.rows.items() if k.startswith("inversion")}
         return state | moved | tree.with_prefix("adam", moments), metrics
 
@@ -155,8 +175,14 @@ def _episodes(learner: InnerLoop, objective: DataFree) -> Callable[[Params, Para
     def episodes(at: Params, operand: Params, data: Data) -> Share:
         """The learner's contribution from one pseudo-episode; D is a constant."""
         meta, task = unpack(at), episode(operand["images"], data)
-        grads, loss, metrics = differentiate_with(lambda p: _outer_loss(learner, objective, Meta(p, meta.slots), task), meta.params)
-        return Share(pack(grads, learner.slots(meta, objective, task)), loss.new_ones(()), metrics | {"grad_norm": tree.norm(grads)})
+        grads, loss, metrics = differentiate_with(
+            lambda p: _outer_loss(learner, objective, Meta(p, meta.slots), task), meta.params
+        )
+        return Share(
+            pack(grads, learner.slots(meta, objective, task)),
+            loss.new_ones(()),
+            metrics | {"grad_norm": tree.norm(grads)},
+        )
 
     return episodes
 
@@ -166,7 +192,9 @@ def _adversary(learner: InnerLoop, objective: DataFree) -> Callable[[Params, Par
         learner = replace(learner, order=2)
 
     def adversary(at: Params, operand: Params, data: Data) -> Share:
-        """∇ L_outer with respect to an episode's images, through the inner loop (second order whatever the learner); θ is a constant."""
+        """∇ L_outer with respect to an episode's images, through the inner loop (second order whatever the learner); θ
+        is a constant.
+        """
         task, meta = episode(operand["images"], data), unpack(at)
         moving = {k: task[k] for k in ("support_x", "query_x")}
         grads, _ = differentiate(lambda x: _outer_loss(learner, objective, meta, task | x)[0], moving, False)

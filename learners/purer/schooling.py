@@ -22,12 +22,15 @@ MOMENTUM = 0.1  # of running statistics, as in torch
 
 @dataclass(frozen=True)
 class Schooling:
-    """How teachers are trained: the official code's constants but the batch (Conv4: Adam; ResNets: SGD with momentum and weight decay)."""
+    """How teachers are trained: the official code's constants but the batch (Conv4: Adam; ResNets: SGD with momentum
+    and weight decay).
+    """
 
     epochs: int = 60
     """Passes over the images."""
     batch: int = 16
-    """Images per step (official: 128 of about 2400; sets with some tens of images per class need more steps than that gives)."""
+    """Images per step (official: 128 of about 2400; sets with some tens of images per class need more steps than that
+    gives)."""
     conv_lr: float = 1e-2
     """Adam's rate for Conv4."""
     resnet_lr: float = 1e-2
@@ -44,8 +47,8 @@ class Schooling:
     def train(self, model: Functional, residual: bool, data: Data) -> tuple[Params, Tensor]:
         """(parameters and running statistics, accuracy on held-back images) of `model` trained on a task's `x`, `y`.
 
-        `data` also has the order of the images [epochs, n], and `held_x`, `held_y`. Rates fall to a fifth after half, two thirds and
-        five sixths of the epochs. The last weights are kept, as in the official code.
+        `data` also has the order of the images [epochs, n], and `held_x`, `held_y`. Rates fall to a fifth after half,
+        two thirds and five sixths of the epochs. The last weights are kept, as in the official code.
         """
         params, running = model.params(), model.running()
         optimiser: Optimiser = SGD(0.9) if residual else Adam()
@@ -64,7 +67,9 @@ class Schooling:
                 running = {k: torch.lerp(v, seen[k], MOMENTUM) for k, v in running.items()}
         return params | running, accuracy(model, params | running, data["held_x"], data["held_y"])
 
-    def _gradient(self, model: Functional, params: Params, running: Params, x: Tensor, y: Tensor) -> tuple[Params, Params]:
+    def _gradient(
+        self, model: Functional, params: Params, running: Params, x: Tensor, y: Tensor
+    ) -> tuple[Params, Params]:
         def loss(p: Params) -> tuple[Tensor, Params]:
             logits, seen = model.inspect(running | p, x, BATCH)
             return F.cross_entropy(logits, y), seen

@@ -26,7 +26,11 @@ from tests.fakes import SleepyPool, quadratic_recipe, start
 
 SECONDS, WORKERS, SHARDS, STEPS = 0.1, 4, 8, 40
 WANTED = 0.02
-OURS = {Journal: ("write", "sync"), Ledger: ("dispatch", "arrive", "apply", "is_open", "abandon"), Lease: ("check", "_write")}
+OURS = {
+    Journal: ("write", "sync"),
+    Ledger: ("dispatch", "arrive", "apply", "is_open", "abandon"),
+    Lease: ("check", "_write"),
+}
 
 
 def measured(spent: Counter[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,8 +63,9 @@ def main() -> None:
         recipe = quadratic_recipe()
         with TemporaryDirectory() as folder:
             pool = SleepyPool(recipe, [SECONDS] * WORKERS)
-            driver = Driver(recipe, start(), pool, Path(folder), iterations=STEPS, meta_batch=SHARDS, shard=1, policy=policy,
-                            evaluation=Evaluation(every=10**9, validation_tasks=0, tasks=4, steps=1, pictures=0))  # fmt: skip
+            driver = Driver(recipe, start(), pool, Path(folder), iterations=STEPS, meta_batch=SHARDS, shard=1,
+                            policy=policy, evaluation=Evaluation(every=10**9, validation_tasks=0, tasks=4, steps=1,
+                            pictures=0))  # fmt: skip
             begin = time.perf_counter()
             driver.run()
             whole = time.perf_counter() - begin
@@ -68,7 +73,9 @@ def main() -> None:
         share = sum(v for k, v in spent.items() if k != "inside") / 1e9 / whole
         worst = max(worst, share)
         parts = ", ".join(f"{k} {v / 1e3 / STEPS / SHARDS:.0f}" for k, v in spent.items() if k != "inside")
-        print(f"{label:13s} {whole:5.1f} s for {STEPS * SHARDS} shards of {SECONDS * 1e3:.0f} ms; µs per shard: {parts}")
+        print(
+            f"{label:13s} {whole:5.1f} s for {STEPS * SHARDS} shards of {SECONDS * 1e3:.0f} ms; µs per shard: {parts}"
+        )
         print(f"{'':13s} {100 * share:.2f} % of the run")
     print(f"wanted: at most {100 * WANTED:.0f} %")
     sys.exit(worst > WANTED)

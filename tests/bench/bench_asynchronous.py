@@ -1,4 +1,5 @@
-"""One slow worker among four: throughput and time to a loss, synchronous, with backups, and asynchronous; quality at a known staleness.
+"""One slow worker among four: throughput and time to a loss, synchronous, with backups, and asynchronous; quality at a
+known staleness.
 
 python tests/bench/bench_asynchronous.py      (about five minutes, nearly all of it asleep)
 """
@@ -64,7 +65,9 @@ def train(policy: Policy, recipe: Recipe, params: Params, every: int) -> tuple[l
         pool.close()
     judge = Dispatcher(LocalPool(recipe), Ledger(Unwritten()))
     states = [State(0, meta, {}) for _, meta in seen]
-    return [t for t, _ in seen], [float(Pending(judge, s, "validation", 100, 100).result().mean["mse"][1]) for s in states]
+    return [t for t, _ in seen], [
+        float(Pending(judge, s, "validation", 100, 100).result().mean["mse"][1]) for s in states
+    ]
 
 
 def main() -> None:
@@ -88,7 +91,10 @@ def main() -> None:
         print(f"  {name:22s} {rate:6.1f} shards/s, {rate / RATE:.2f} of that sum; {seconds:6.1f} s to the goal")
     share = statistics.median(throughput["asynchronous"]) / RATE
     faster = statistics.median(reached["asynchronous"]) / statistics.median(reached["synchronous"])
-    print(f"  asynchronous: {share:.2f} of the sum of rates (wanted 0.95), {faster:.2f} of the synchronous time (wanted at most 0.6)")
+    print(
+        f"  asynchronous: {share:.2f} of the sum of rates (wanted 0.95), {faster:.2f} of the synchronous time (wanted "
+        "at most 0.6)"
+    )
     sys.exit(share < 0.95 or faster > 0.6)
 
 

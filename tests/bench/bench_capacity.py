@@ -1,4 +1,5 @@
-"""How many contributions a second the driver takes: workers that do no work but answer through Ray, real messages, real driver.
+"""How many contributions a second the driver takes: workers that do no work but answer through Ray, real messages, real
+driver.
 
 python tests/bench/bench_capacity.py [SECONDS PER POINT]      (some minutes; writes capacity.png beside this file)
 
@@ -92,7 +93,9 @@ def run(pool: SimulatedPool, size: int, shards: int, goes_on: Callable[[int], bo
     """A driver at work with `pool` as long as `goes_on(iteration)`."""
     recipe = Recipe(QuadraticTasks(), MAML(), Quadratic(), Descent(optimizer="sgd", lr=0.0))
     with tempfile.TemporaryDirectory() as folder:
-        driver = Driver(recipe, theta(size), pool, folder, iterations=10**9, meta_batch=shards, shard=1, evaluation=QUIET)
+        driver = Driver(
+            recipe, theta(size), pool, folder, iterations=10**9, meta_batch=shards, shard=1, evaluation=QUIET
+        )
         step = driver.iterate
 
         def iterate() -> None:

@@ -16,7 +16,7 @@ from learners.engine.memory import channels_last
 from learners.models.functional import functional
 from learners.models.networks import Conv4
 from learners.objectives.supervised import Supervised
-from learners.verbs import standard
+from learners.verbs import common_verbs
 from tests.bench.timing import machine, medians, quiet, ratios
 
 LR, TASKS = 0.4, 2
@@ -62,7 +62,7 @@ def main() -> None:
     }  # fmt: skip
     fine = True
     for order, wanted in ((2, 1.35), (1, 1.5)):
-        run = standard(MAML(LR, 1, order=order), Supervised(ours, "cross_entropy"), 1)["gradient"].run
+        run = common_verbs(MAML(LR, 1, order=order), Supervised(ours, "cross_entropy"), 1)["gradient"].run
         at = {k: channels_last(v) for k, v in pack(ours.params(), {}).items()}
         candidates = {
             "plain loop": lambda order=order: plain(net, data, order),

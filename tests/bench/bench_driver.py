@@ -56,7 +56,10 @@ class Instant:
 def main() -> None:
     quiet()
     print(machine())
-    print("driver's own time per meta-iteration, Adam, median of 5 (ms); floor: reading every contribution once at 10 GB/s")
+    print(
+        "driver's own time per meta-iteration, Adam, median of 5 (ms); floor: reading every contribution once at 10 "
+        "GB/s"
+    )
     print(f"{'contributions':>14s} {'parameters':>12s} {'time':>10s} {'floor':>10s}")
     for size in (10**4, 10**6, 10**7):
         for contributions in (10, 100, 1000):
@@ -68,8 +71,9 @@ def main() -> None:
 def measure(size: int, contributions: int, iterations: int) -> float:
     params = {f"p{i}": torch.zeros(size // 10) for i in range(10)}
     recipe = Recipe(QuadraticTasks(), MAML(), Quadratic(), Descent())
-    driver = Driver(recipe, params, Instant(params), tempfile.mkdtemp(), iterations=iterations + 1, meta_batch=contributions, shard=1,
-                    evaluation=Evaluation(every=10**9, tasks=1, validation_tasks=1, steps=0, pictures=0))  # fmt: skip
+    driver = Driver(recipe, params, Instant(params), tempfile.mkdtemp(), iterations=iterations + 1,
+                    meta_batch=contributions, shard=1, evaluation=Evaluation(every=10**9, tasks=1, validation_tasks=1,
+                    steps=0, pictures=0))  # fmt: skip
     return timing.iteration_seconds(driver, leave_out=1)
 
 

@@ -1,8 +1,10 @@
-"""Time of each learner's meta-gradient relative to MAML's, beside what its passes predict: python tests/bench/bench_learners.py
+"""Time of each learner's meta-gradient relative to MAML's, beside what its passes predict: python
+tests/bench/bench_learners.py
 
-Unit: one forward pass of one example. A backward pass costs two (inputs and weights), an attack's one (inputs only), and
-differentiating through an inner gradient twice what that gradient cost. S and Q are the examples of support and query.
-Work per parameter (the update itself, Adam's moments) is not counted: it is what the sinusoid's tiny batches show.
+Unit: one forward pass of one example. A backward pass costs two (inputs and weights), an attack's one (inputs only),
+and differentiating through an inner gradient twice what that gradient cost. S and Q are the examples of support and
+query. Work per parameter (the update itself, Adam's moments) is not counted: it is what the sinusoid's tiny batches
+show.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from learners.models.functional import Functional, functional
 from learners.models.networks import MLP, Conv4, ModelSpec
 from learners.objectives.attack import Attack
 from learners.objectives.supervised import Supervised
-from learners.verbs import standard
+from learners.verbs import common_verbs
 from tests.bench.timing import machine, medians, quiet
 
 K = 2
@@ -42,11 +44,15 @@ def mode_units(model: Functional, x: torch.Tensor) -> float:
     positions: dict[str, int] = {}
     for name, layer in model.module.named_modules():
         if hasattr(layer, "weight") and name:
-            layer.register_forward_hook(lambda m, i, out, name=name: positions.update({f"{name}.weight": out[0, 0].numel()}))
+            layer.register_forward_hook(
+                lambda m, i, out, name=name: positions.update({f"{name}.weight": out[0, 0].numel()})
+            )
     with torch.no_grad():
         model(model.params(), x)
     weights = {k: v for k, v in model.params().items() if v.ndim > 1}
-    products = sum(v.numel() * (v.shape[0] + v.shape[1] + (v[0, 0].numel() if v.ndim > 2 else 0)) for v in weights.values())
+    products = sum(
+        v.numel() * (v.shape[0] + v.shape[1] + (v[0, 0].numel() if v.ndim > 2 else 0)) for v in weights.values()
+    )
     return products / sum(v.numel() * positions[k] for k, v in weights.items())
 
 
@@ -61,7 +67,10 @@ def learners(s: int, q: int, modes: float) -> dict[str, tuple[Learner, float]]:
         "Meta-Curvature": (MetaCurvature(0.01, K), maml + K * 3 * modes),
         "MAML++ (multi-step loss)": (MAMLPlusPlus(0.01, K), K * 9 * s + K * 3 * q),
         "MAML++ (last step)": (MAMLPlusPlus(0.01, K, multi_step_epochs=0), maml),
-        f"iMAML ({SOLVER} solver steps)": (IMAML(0.01, K, solver_steps=SOLVER), K * 3 * s + 3 * q + (3 + 6 * SOLVER) * s),
+        f"iMAML ({SOLVER} solver steps)": (
+            IMAML(0.01, K, solver_steps=SOLVER),
+            K * 3 * s + 3 * q + (3 + 6 * SOLVER) * s,
+        ),
         "Reptile (SGD)": (Reptile(0.01, K, "sgd", batch=0), K * 3 * s),
         "Reptile (Adam)": (Reptile(0.01, K, batch=0), K * 3 * s),
         "ADML (FGSM)": (ADML(0.01, K, attack=FGSM), 2 * maml + K * 2 * s + 2 * q),
@@ -69,7 +78,9 @@ def learners(s: int, q: int, modes: float) -> dict[str, tuple[Learner, float]]:
     }
 
 
-def compare(title: str, spec: ModelSpec, mode: Mode, tasks: int, s: int, q: int, inputs: tuple[int, ...], ways: int) -> bool:
+def compare(
+    title: str, spec: ModelSpec, mode: Mode, tasks: int, s: int, q: int, inputs: tuple[int, ...], ways: int
+) -> bool:
     """One table; whether no learner is above its bar."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -89,7 +100,7 @@ def compare(title: str, spec: ModelSpec, mode: Mode, tasks: int, s: int, q: int,
     calls = {}
     for name, (learner, _) in table.items():
         at = pack(*learner.init(objective.model.params(), np.random.default_rng(0)))
-        run = standard(learner, objective, 1)["gradient"].run
+        run = common_verbs(learner, objective, 1)["gradient"].run
         calls[name] = lambda run=run, at=at: execution.run(run, at, {}, data)
     seconds = medians(calls)
     print(f"\n{title}; {mode}, {tasks} tasks, K = {K}, {s} support and {q} query examples")
@@ -107,7 +118,8 @@ def compare(title: str, spec: ModelSpec, mode: Mode, tasks: int, s: int, q: int,
 def main() -> None:
     quiet()
     print(machine())
-    # With 10 examples, work per parameter weighs as much as a pass; with 100 it does not. Held to the bar is the second.
+    # With 10 examples, work per parameter weighs as much as a pass; with 100 it does not. Held to the bar is the
+    # second.
     compare("sinusoid, MLP 1-40-40-1", MLP(), "vmap", 100, 10, 10, (1,), 1)
     fine = compare("sinusoid, MLP 1-40-40-1", MLP(), "vmap", 50, 100, 100, (1,), 1)
     fine &= compare("images 28×28, Conv4 64 channels", Conv4(), "loop", 4, 25, 25, (1, 28, 28), 5)

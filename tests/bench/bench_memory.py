@@ -51,22 +51,36 @@ def main() -> None:
     samples: list[dict[str, float]] = []
 
     def sample() -> bool:
-        if driver.iteration % 250 == 0 and driver.iteration and (not samples or samples[-1]["iteration"] != driver.iteration):
-            pids = {"driver": os.getpid()} | {name: int(where.rpartition(":")[2]) for name, where in driver.workers.items()}
-            samples.append({"iteration": driver.iteration} | {n: private(p) / 2**20 for n, p in pids.items()} | {"store": stored()})
-            print("  ".join(f"{k} {v:.1f}" if k != "iteration" else f"{k} {v:5d}" for k, v in samples[-1].items()), "(MiB)", flush=True)
+        if (
+            driver.iteration % 250 == 0
+            and driver.iteration
+            and (not samples or samples[-1]["iteration"] != driver.iteration)
+        ):
+            pids = {"driver": os.getpid()} | {
+                name: int(where.rpartition(":")[2]) for name, where in driver.workers.items()
+            }
+            samples.append(
+                {"iteration": driver.iteration} | {n: private(p) / 2**20 for n, p in pids.items()} | {"store": stored()}
+            )
+            print(
+                "  ".join(f"{k} {v:.1f}" if k != "iteration" else f"{k} {v:5d}" for k, v in samples[-1].items()),
+                "(MiB)",
+                flush=True,
+            )
         return False
 
-    driver = Driver(parts, params, pool, tempfile.mkdtemp(), iterations=iterations, meta_batch=50, shard=25, interrupted=sample,
-                    evaluation=Evaluation(every=10**9, tasks=50, validation_tasks=50, steps=1, pictures=0))  # fmt: skip
+    driver = Driver(parts, params, pool, tempfile.mkdtemp(), iterations=iterations, meta_batch=50, shard=25,
+                    interrupted=sample, evaluation=Evaluation(every=10**9, tasks=50, validation_tasks=50, steps=1,
+                    pictures=0))  # fmt: skip
     driver.run()
     pool.close()
     first = next(s for s in samples if s["iteration"] >= min(500, iterations // 2))
     growth = {k: samples[-1][k] / first[k] - 1 for k in first if k not in ("iteration", "store")}
     flat = samples[-1]["store"] <= first["store"] + 1
     fine = all(g < GROWTH for g in growth.values()) and flat
-    print("growth after the first 500:", ", ".join(f"{k} {g:+.2%}" for k, g in growth.items()), f"(wanted < {GROWTH:.0%});",
-          "object store flat" if flat else "object store GROWS", "—", "reached" if fine else "MISSED")  # fmt: skip
+    print("growth after the first 500:", ", ".join(f"{k} {g:+.2%}" for k, g in growth.items()),
+          f"(wanted < {GROWTH:.0%});", "object store flat" if flat else "object store GROWS", "—",
+          "reached" if fine else "MISSED")  # fmt: skip
     sys.exit(not fine)
 
 

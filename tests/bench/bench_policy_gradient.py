@@ -1,4 +1,5 @@
-"""What TRPO through an inner step costs: a curvature product against a meta-gradient; a whole iteration against its floors.
+"""What TRPO through an inner step costs: a curvature product against a meta-gradient; a whole iteration against its
+floors.
 
 python tests/bench/bench_policy_gradient.py
 """
@@ -107,18 +108,22 @@ def breakdown(run: Run) -> None:
     forward = 2 * sum(layers) * samples / flop_rate()  # of all tasks, one policy evaluation per time step
     every = run.outer.curvature_every  # type: ignore[attr-defined]
     tries = middle["outer/tries"] + 1
-    # In forward passes: a gradient is 3; through it once more, 4 of its own (one product with the Hessian) and 3 of the query.
+    # In forward passes: a gradient is 3; through it once more, 4 of its own (one product with the Hessian) and 3 of the
+    # query.
     floors = {
         "physics": (middle["perf/physics_s"], bare_physics(2 * samples)),
         "policy": (middle["perf/policy_s"], 2 * forward),
         "adaptation": (middle["perf/adaptation_s"], 3 * forward),
         "meta-gradient": (
-            middle["perf/gradient_s"] - middle["perf/physics_s"] - middle["perf/policy_s"] - middle["perf/adaptation_s"], 10 * forward,
+            middle["perf/gradient_s"] - sum(middle[f"perf/{k}_s"] for k in ("physics", "policy", "adaptation")),
+            10 * forward,
         ),
         "curvature": (middle["perf/curvature_s"], 10 * 10 * forward / every),
         "line search": (middle["perf/surrogate_s"], 5 * tries * forward),
     }  # fmt: skip
-    print(f"\na meta-iteration of {TASKS} tasks, {2 * samples} time steps, curvature on every {every}th: seconds, floor")
+    print(
+        f"\na meta-iteration of {TASKS} tasks, {2 * samples} time steps, curvature on every {every}th: seconds, floor"
+    )
     for name, (took, floor) in floors.items():
         print(f"  {name:14s} {took:7.3f}  {floor:7.3f}   × {took / floor:.2f}")
     took, floor = middle["perf/iteration_s"], sum(f for _, f in floors.values())

@@ -1,7 +1,9 @@
-"""Where a meta-iteration of PURER goes (inversion, episodes, adversary, transport), beside the passes that it needs at least.
+"""Where a meta-iteration of PURER goes (inversion, episodes, adversary, transport), beside the passes that it needs at
+least.
 
-A pass is one forward evaluation by torch's own layers. Inversion needs a forward pass and the derivative with respect to the images (one
-pass more, weights being constant). An inner step needs a gradient (3 passes) and, on the way back, a Hessian-vector product (6).
+A pass is one forward evaluation by torch's own layers. Inversion needs a forward pass and the derivative with respect
+to the images (one pass more, weights being constant). An inner step needs a gradient (3 passes) and, on the way back, a
+Hessian-vector product (6).
 
 python tests/bench/bench_purer.py      (teachers are untrained: time does not depend on what they know)
 """
@@ -64,7 +66,10 @@ def run(shape: tuple[int, int, int], shots: int) -> None:
     verbs, at = recipe.verbs(objective), pack(model.params(), {})
     images = torch.randn(TEACHERS, WAYS, task.per_class, *shape)
     work = {"invert": ("teachers", TEACHERS), "episodes": ("train", EPISODES), "adversary": ("adversary", 1)}
-    data = {verb: [recipe.tensors(recipe.task(split, i, verbs[verb])) for i in range(n)] for verb, (split, n) in work.items()}
+    data = {
+        verb: [recipe.tensors(recipe.task(split, i, verbs[verb])) for i in range(n)]
+        for verb, (split, n) in work.items()
+    }
     worker = Worker(recipe, "here")
     theta, d = wire.broadcast(at), wire.broadcast({"images": images})
 
@@ -87,8 +92,9 @@ def run(shape: tuple[int, int, int], shots: int) -> None:
     adam, moments = Adam(), Adam().init({"images": images})
     with torch.no_grad():
         seconds = medians({
-            "inversion": lambda: both("invert"), "episodes": lambda: both("episodes"), "adversary": lambda: both("adversary"),
-            "inversion, with messages": lambda: remote("invert"), "episodes, with messages": lambda: remote("episodes"),
+            "inversion": lambda: both("invert"), "episodes": lambda: both("episodes"),
+            "adversary": lambda: both("adversary"), "inversion, with messages": lambda: remote("invert"),
+            "episodes, with messages": lambda: remote("episodes"),
             "adversary, with messages": lambda: remote("adversary"),
             "Adam on D": lambda: adam.update({"images": images}, {"images": images}, moments, 0.1),
             "broadcast of D": lambda: wire.received(wire.broadcast({"images": images}), "cpu"),
@@ -100,12 +106,19 @@ def run(shape: tuple[int, int, int], shots: int) -> None:
     floors = {"inversion": seconds["bare inversion"], "episodes": EPISODES * episode, "adversary": episode}
     transport = sum(seconds[f"{k}, with messages"] - seconds[k] for k in floors) + seconds["broadcast of D"]
     whole = sum(seconds[f"{k}, with messages"] for k in floors) + seconds["Adam on D"] + seconds["broadcast of D"]
-    print(f"\n{TEACHERS} teachers (Conv4-32, ResNet-10 of width 16), {WAYS}-way {shots}-shot, images {shape}, {EPISODES} episodes")
+    print(
+        f"\n{TEACHERS} teachers (Conv4-32, ResNet-10 of width 16), {WAYS}-way {shots}-shot, images {shape}, {EPISODES} "
+        "episodes"
+    )
     for name, floor in floors.items():
         t = seconds[name]
         print(f"  {name:12s} {1e3 * t:7.1f} ms  {t / whole:4.0%}   its passes {1e3 * floor:7.1f} ms: x {t / floor:.2f}")
     messages = f"messages of {TEACHERS + EPISODES + 1} shards, D of {images.nbytes / 2**20:.1f} MiB"
-    for name, t, note in (("transport", transport, messages), ("Adam on D", seconds["Adam on D"], ""), ("in all", whole, "")):
+    for name, t, note in (
+        ("transport", transport, messages),
+        ("Adam on D", seconds["Adam on D"], ""),
+        ("in all", whole, ""),
+    ):
         print(f"  {name:12s} {1e3 * t:7.1f} ms  {t / whole:4.0%}   {note}")
 
 

@@ -1,4 +1,6 @@
-"""What Ray costs: one worker against LocalPool, at 10, 100 and 1000 ms per shard, four shards an iteration, two in flight."""
+"""What Ray costs: one worker against LocalPool, at 10, 100 and 1000 ms per shard, four shards an iteration, two in
+flight.
+"""
 
 from __future__ import annotations
 
@@ -72,13 +74,17 @@ def main() -> None:
         bar = WANTED.get(seconds)
         fine &= bar is None or cost <= bar
         note = "" if bar is None else f" (wanted ≤ {bar:.0%}: {'reached' if cost <= bar else 'MISSED'})"
-        print(f"{seconds * 1e3:6.0f} ms a shard: local {local * 1e3:8.1f} ms, Ray {ray * 1e3:8.1f} ms; Ray costs {cost:+.1%}{note}")
+        print(
+            f"{seconds * 1e3:6.0f} ms a shard: local {local * 1e3:8.1f} ms, Ray {ray * 1e3:8.1f} ms; Ray costs "
+            f"{cost:+.1%}{note}"
+        )
     sys.exit(not fine)
 
 
 def iteration_seconds(pool, recipe: Recipe, iterations: int) -> float:
-    driver = Driver(recipe, {"theta": torch.zeros(10_000)}, pool, tempfile.mkdtemp(), iterations=iterations + 2, meta_batch=4, shard=1,
-                    evaluation=Evaluation(every=10**9, tasks=1, validation_tasks=1, steps=0, pictures=0))  # fmt: skip
+    driver = Driver(recipe, {"theta": torch.zeros(10_000)}, pool, tempfile.mkdtemp(), iterations=iterations + 2,
+                    meta_batch=4, shard=1, evaluation=Evaluation(every=10**9, tasks=1, validation_tasks=1, steps=0,
+                    pictures=0))  # fmt: skip
     seconds = timing.iteration_seconds(driver, leave_out=2)
     pool.close()
     return seconds

@@ -1,4 +1,6 @@
-"""Complete sampling (policy, rewards, bookkeeping) as a fraction of bare physics on the same core: python tests/bench/bench_sampling.py"""
+"""Complete sampling (policy, rewards, bookkeeping) as a fraction of bare physics on the same core: python
+tests/bench/bench_sampling.py
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def peer(ident: str) -> Any:
     """Gymnasium's vector environment with the same policy, one for all."""
     environment = gymnasium.make_vec(ident, COPIES, vectorization_mode="sync")
     torch.manual_seed(0)
-    model = functional(GaussianMLP().build(environment.single_observation_space.shape, environment.single_action_space.shape[0]))
+    model = functional(
+        GaussianMLP().build(environment.single_observation_space.shape, environment.single_action_space.shape[0])
+    )
     params = model.params()
 
     def run() -> None:

@@ -15,7 +15,7 @@ from learners.engine.execution import Execution
 from learners.models.functional import functional
 from learners.models.networks import MLP
 from learners.objectives.supervised import Supervised
-from learners.verbs import standard
+from learners.verbs import common_verbs
 from tests.bench.timing import machine, medians, quiet, ratios
 
 LR = 0.01
@@ -33,7 +33,7 @@ def main() -> None:
 def compare(tasks: int, steps: int) -> bool:
     torch.manual_seed(0)
     model = functional(MLP().build((1,), 1))
-    run = standard(MAML(LR, steps), Supervised(model, "mse"), 1)["gradient"].run
+    run = common_verbs(MAML(LR, steps), Supervised(model, "mse"), 1)["gradient"].run
     data = {k: torch.randn(tasks, 10, 1) for k in ("support_x", "support_y", "query_x", "query_y")}
     at = pack(model.params(), {})
     modes = {name: Execution(name) for name in ("loop", "vmap", "compiled")}
@@ -49,7 +49,10 @@ def compare(tasks: int, steps: int) -> bool:
     wanted = {"metafleet vmap": 9.0, "metafleet compiled": 40.0} if tasks == 200 else {}
     seconds = medians(candidates, 7)
     fine = ratios(
-        f"{tasks} tasks, {steps} inner steps, second order (compiling took {compile_s:.1f} s)", seconds, "plain autograd loop", wanted
+        f"{tasks} tasks, {steps} inner steps, second order (compiling took {compile_s:.1f} s)",
+        seconds,
+        "plain autograd loop",
+        wanted,
     )
     if peer:
         ratio = seconds["TorchOpt functional vmap"] / seconds["metafleet compiled"]
@@ -77,7 +80,9 @@ def plain(model, data, steps: int) -> dict[str, torch.Tensor]:
 
 
 def torchopt_vmap(model, data, steps: int):
-    """TorchOpt's functional optimiser under vmap, backward outside, as its own MAML example does; None if not installed."""
+    """TorchOpt's functional optimiser under vmap, backward outside, as its own MAML example does; None if not
+    installed.
+    """
     try:
         import torchopt
     except ImportError:
@@ -95,7 +100,9 @@ def torchopt_vmap(model, data, steps: int):
 
     def run() -> dict[str, torch.Tensor]:
         theta = {k: v.detach().requires_grad_() for k, v in model.params().items()}
-        losses = torch.vmap(task, (None, 0, 0, 0, 0))(theta, data["support_x"], data["support_y"], data["query_x"], data["query_y"])
+        losses = torch.vmap(task, (None, 0, 0, 0, 0))(
+            theta, data["support_x"], data["support_y"], data["query_x"], data["query_y"]
+        )
         return dict(zip(theta, torch.autograd.grad(losses.sum(), list(theta.values())), strict=True))
 
     return run

@@ -26,7 +26,8 @@ from tests.bench.timing import machine, quiet
 
 STALENESS, TASKS = 8, 25
 WANTED = 1.1
-UNDER_WAY = {"buffer": 1, "in_flight": STALENESS + 1}  # first in, first out: every contribution is used eight steps after it was asked for
+# first in, first out: every contribution is used eight steps after it was asked for
+UNDER_WAY = {"buffer": 1, "in_flight": STALENESS + 1}
 POLICIES: dict[str, Policy] = {
     "synchronous": Synchronous(),
     "weight (1 + s)^-½": Asynchronous(**UNDER_WAY),
@@ -37,11 +38,14 @@ POLICIES: dict[str, Policy] = {
 def loss(policy: Policy, iterations: int, seed: int) -> float:
     """Error after one inner step on 600 held-out sinusoids."""
     run = config.load("sinusoid")
-    run = replace(run, seed=seed, execution="vmap", pool="local", outer=replace(run.outer, lr=0.003, horizon=iterations))  # type: ignore[type-var]
+    run = replace(
+        run, seed=seed, execution="vmap", pool="local", outer=replace(run.outer, lr=0.003, horizon=iterations)
+    )  # type: ignore[type-var]
     parts, params = assemble.recipe(run)
     with TemporaryDirectory() as folder:
-        driver = Driver(parts, params, LocalPool(parts), Path(folder), iterations=iterations, meta_batch=TASKS, shard=TASKS, policy=policy,
-                        evaluation=Evaluation(every=10**9, validation_tasks=0, tasks=4, steps=1, pictures=0))  # fmt: skip
+        driver = Driver(parts, params, LocalPool(parts), Path(folder), iterations=iterations, meta_batch=TASKS,
+                        shard=TASKS, policy=policy, evaluation=Evaluation(every=10**9, validation_tasks=0, tasks=4,
+                        steps=1, pictures=0))  # fmt: skip
         driver.run()
     judge = Dispatcher(LocalPool(parts), Ledger(Unwritten()))
     return float(Pending(judge, State(0, driver.meta, {}), "validation", 600, 200).result().mean["mse"][1])
@@ -51,8 +55,13 @@ def main() -> None:
     quiet()
     print(machine())
     iterations, seeds = (int(w) for w in (*sys.argv[1:], *("20000", "1")[len(sys.argv) - 1 :]))
-    found = {name: statistics.median(loss(p, iterations, seed) for seed in range(seeds)) for name, p in POLICIES.items()}
-    print(f"{iterations} iterations of {TASKS} tasks, Adam, cosine from 0.003, medians of {seeds} seeds; staleness {STALENESS} but in sync")
+    found = {
+        name: statistics.median(loss(p, iterations, seed) for seed in range(seeds)) for name, p in POLICIES.items()
+    }
+    print(
+        f"{iterations} iterations of {TASKS} tasks, Adam, cosine from 0.003, medians of {seeds} seeds; staleness "
+        f"{STALENESS} but in sync"
+    )
     for name, value in found.items():
         print(f"  {name:18s} {value:.4f}   × {value / found['synchronous']:.3f}")
     print(f"(wanted with the weight: at most {WANTED})")

@@ -57,7 +57,9 @@ def two_bare(name: BodyName) -> float:
 def two_workers(name: BodyName, backend: str) -> list[float]:
     """env-steps/s of rounds that only sample: episodes of θ, with baseline and advantages."""
     run = config.load("half-cheetah-direction")
-    task = replace(run.task, body=name, backend=backend, rollouts=ROLLOUTS, horizon=HORIZON, test_steps=ROLLOUTS * HORIZON)
+    task = replace(
+        run.task, body=name, backend=backend, rollouts=ROLLOUTS, horizon=HORIZON, test_steps=ROLLOUTS * HORIZON
+    )
     run = replace(run, task=task, execution="loop", evaluation=replace(run.evaluation, steps=0))
     parts, params = assemble.recipe(run)
     pool = RayPool(parts, 2)
@@ -76,11 +78,18 @@ def main() -> None:
     quiet()
     print(machine())
     fine = True
-    for name, backend in (("half_cheetah_v5", "rollout"), ("half_cheetah_v5", "exact"), ("half_cheetah_paper", "rollout")):
+    for name, backend in (
+        ("half_cheetah_v5", "rollout"),
+        ("half_cheetah_v5", "exact"),
+        ("half_cheetah_paper", "rollout"),
+    ):
         before = two_bare(name)  # type: ignore[arg-type]
         ours = statistics.median(two_workers(name, backend))  # type: ignore[arg-type]
         both = (before + two_bare(name)) / 2  # type: ignore[arg-type]
-        print(f"{name}, {backend}: {ours:.0f} env-steps/s on two workers, {both:.0f} by two bare processes: {ours / both:.2f}")
+        print(
+            f"{name}, {backend}: {ours:.0f} env-steps/s on two workers, {both:.0f} by two bare processes: "
+            f"{ours / both:.2f}"
+        )
         fine = fine and (ours / both >= WANTED or name != "half_cheetah_v5" or backend != "rollout")
     print(f"(wanted: {WANTED}, for the backend that is to be fast)")
     sys.exit(not fine)

@@ -1,4 +1,5 @@
-"""A picture of finished data-free runs: what was inverted from each teacher, and how hard the pseudo-episodes were to the learner.
+"""A picture of finished data-free runs: what was inverted from each teacher, and how hard the pseudo-episodes were to
+the learner.
 
 python tests/bench/pseudo_images.py OUT.png RUN-DIR [RUN-DIR …]      (images of the first run; a curve for each)
 """
@@ -22,7 +23,9 @@ SMOOTHED = 100  # lines of metrics
 
 
 def pixels(directory: Path) -> tuple[np.ndarray, list[str]]:
-    """One image of every class of D [teachers, classes, h, w, c] in [0, 1], cut off there; and the teachers' architectures."""
+    """One image of every class of D [teachers, classes, h, w, c] in [0, 1], cut off there; and the teachers'
+    architectures.
+    """
     task = config.load(str(directory / "run.toml")).task
     if not isinstance(task, DataFree):
         raise ValueError(f"{directory} is not a data-free run")
@@ -36,7 +39,11 @@ def mosaic(axes: Axes, images: np.ndarray, names: list[str]) -> None:
     framed = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=0.5)
     whole = framed.transpose(0, 2, 1, 3, 4).reshape(teachers * (height + 2), classes * (width + 2), channels)
     axes.imshow(whole.squeeze(-1) if channels == 1 else whole, cmap="gray_r", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[(i + 0.5) * (height + 2) for i in range(teachers)], title="pseudo-images, a row for each teacher")
+    axes.set(
+        xticks=[],
+        yticks=[(i + 0.5) * (height + 2) for i in range(teachers)],
+        title="pseudo-images, a row for each teacher",
+    )
     axes.set_yticklabels([f"{i}: {name}" for i, name in enumerate(names)])
 
 
@@ -56,7 +63,9 @@ def main() -> None:
     mosaic(left, *pixels(directories[0]))
     for directory in directories:
         curve(right, directory)
-    right.set(xlabel="meta-iterations", ylabel=f"difficulty: 1 − query accuracy, mean of {SMOOTHED} lines", ylim=(0, None))
+    right.set(
+        xlabel="meta-iterations", ylabel=f"difficulty: 1 − query accuracy, mean of {SMOOTHED} lines", ylim=(0, None)
+    )
     right.legend(fontsize="small")
     figure.savefig(out, dpi=90)
 

@@ -24,8 +24,12 @@ def machine() -> str:
     """What the numbers were measured on."""
     with open("/proc/cpuinfo") as f:
         names = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return f"{names[0] if names else platform.processor()}, {len(names)} CPUs, torch {torch.__version__}, commit {commit}"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return (
+        f"{names[0] if names else platform.processor()}, {len(names)} CPUs, torch {torch.__version__}, commit {commit}"
+    )
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Give a RayCluster so many workers and wait until they are ready:  python resize.py CLUSTER WORKERS
 
-Runs in a pod whose service account may get and patch that RayCluster; elsewhere $KUBERNETES_URL is the address of a `kubectl proxy`
-and $SERVICE_ACCOUNT a folder with the files namespace and token.
+Runs in a pod whose service account may get and patch that RayCluster; elsewhere $KUBERNETES_URL is the address of a
+`kubectl proxy` and $SERVICE_ACCOUNT a folder with the files namespace and token.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The vocabulary of learning: what a task, a learner and an objective are.
 
-Everything here is written for ONE task. `learners.execution` decides whether the same lines run in a loop,
+Everything here is written for ONE task. `learners.engine.execution` decides whether the same lines run in a loop,
 under `torch.vmap`, or compiled; `cluster` decides on which machine.
 """
 

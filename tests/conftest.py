@@ -16,6 +16,17 @@ from tests.commands import TINY, metafleet
 SHARED = Path(os.environ.get("METAFLEET_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process, and all that starts a Ray in the same one, first: two Rays on two cores are too many.
+
+    (`pytest -n 2 --dist loadgroup`; without xdist the groups mean nothing.)
+    """
+    for item in items:
+        name = "ray" if item.get_closest_marker("ray") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # stable: the longest group begins
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

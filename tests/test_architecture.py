@@ -5,6 +5,7 @@ algorithm.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_within_a_folder_ten_floors_at_most() -> None:
 def test_ray_is_imported_in_exactly_two_files() -> None:
     users = {path.name for path, tree in FILES.items() if "ray" in tops(imported(tree))}
     assert users == {"ray_pool.py", "ray_fleet.py"}
+
+
+def test_modules_of_ours_that_a_text_names_exist() -> None:
+    """In docstrings, commands and entry points: a file that moves takes those along."""
+    for path, tree in FILES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for name in re.findall(r"\b(?:cluster|learners|envs)(?:\.[a-z_]+)+", node.value):
+                    file, _, attribute = str(ROOT / name.replace(".", "/")).rpartition("/")
+                    known = Path(f"{file}/{attribute}.py").exists() or Path(f"{file}/{attribute}").is_dir()
+                    inside = Path(f"{file}.py").exists() and attribute in Path(f"{file}.py").read_text()
+                    assert known or inside, f"{path.relative_to(ROOT)} names {name}"
 
 
 def test_no_pickle_and_no_unsafe_load() -> None:

@@ -254,7 +254,7 @@ def _process(run: Run, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     wanted = directory / "wanted.toml"
     wanted.write_text(config.to_toml(run))
     words = [sys.executable, "-m", "cluster.cli", "train", str(wanted), "--dir", str(directory)]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with open(directory / "said", "wb") as said:
         process = subprocess.Popen(
             words, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | {"PYTHONPATH": paths}

@@ -1,6 +1,6 @@
 """Frames of a MuJoCo body, off screen, in a process of its own: what OpenGL does there harms nobody.
 
-`python -m envs.rendering MODEL POSITIONS FRAMES DISTANCE` reads positions [n, nq] (float64) and writes frames
+`python -m envs.control.rendering MODEL POSITIONS FRAMES DISTANCE` reads positions [n, nq] (float64) and writes frames
 [n, height, width, 3] (bytes).
 """
 
@@ -34,7 +34,7 @@ def frames(model: Any, positions: np.ndarray[Any, Any], distance: float) -> Fram
         where, seen, drawn = (str(Path(folder) / name) for name in ("model.mjb", "positions", "frames"))
         mujoco.mj_saveModel(model, where)
         positions.astype(np.float64).tofile(seen)
-        command = [sys.executable, "-m", "envs.rendering", where, seen, drawn, str(distance)]
+        command = [sys.executable, "-m", "envs.control.rendering", where, seen, drawn, str(distance)]
         try:
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False

@@ -1,6 +1,4 @@
-"""MLP and Conv4 as ordinary modules, and `functional`, which turns anyone's module into a function of its
-parameters.
-"""
+"""MLP, policies and Conv4 as ordinary modules."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ VENV := .venv
 RUN ?= sinusoid
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 BENCH_STAMP := $(VENV)/installed-bench
 
 .PHONY: train test check slow chaos convolutions fuzz bench lock clean help
@@ -15,8 +16,9 @@ help:  ## what there is
 train: $(STAMP)  ## the main job: RUN=sinusoid ARGS="--iterations 1000"
 	$(BIN)/metafleet train $(RUN) $(ARGS)
 
-test: check  ## what CI runs: style, types, tests (minutes)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: check  ## what CI runs: style, types, tests, and those of kernels once more held to AVX2 (minutes)
+	$(PYTEST) -m "not slow" --durations 20 $(ARGS)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "kernels and not slow" $(ARGS)
 
 check: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

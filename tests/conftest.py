@@ -17,9 +17,8 @@ SHARED = Path(os.environ.get("METAFLEET_TEST_DATA", Path(__file__).resolve().par
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process, and all that starts a Ray in the same one, first: two Rays on two cores are too many.
-
-    (`pytest -n 2 --dist loadgroup`; without xdist the groups mean nothing.)
+    """A file's tests run in one process, and all that starts a Ray in the same one, first: two Rays at a time on two
+    cores are too many. (`pytest -n 2 --dist loadgroup`; without xdist the groups mean nothing.)
     """
     for item in items:
         name = "ray" if item.get_closest_marker("ray") else item.path.name

@@ -20,6 +20,8 @@ from learners.models.functional import functional
 from learners.models.resnet import ResNet
 from tests import convolutions
 
+pytestmark = pytest.mark.kernels
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -44,6 +44,8 @@ from learners.purer.objective import episode
 from learners.purer.outer import Purer
 from learners.purer.schooling import Schooling
 
+pytestmark = pytest.mark.kernels
+
 SMALL = Conv4(width=4, halving="pool", features="flat", norm_scale=True)
 
 

@@ -19,6 +19,8 @@ from learners.engine import execution
 from learners.engine.derivative import transforms
 from learners.engine.execution import Execution, choose
 
+pytestmark = pytest.mark.kernels
+
 LEARNERS = ["maml", "reptile"]
 
 

@@ -13,6 +13,8 @@ from learners.models.networks import MLP, Conv4
 from learners.models.normalisation import BatchNorm, Normalising, Statistics, normalising
 from learners.objectives.supervised import Supervised
 
+pytestmark = pytest.mark.kernels
+
 torch.manual_seed(0)
 
 

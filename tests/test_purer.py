@@ -26,6 +26,8 @@ from learners.purer.outer import Purer
 from learners.purer.schooling import Schooling
 from tests.quadratics import ALPHA, T1, THETA, Quadratic
 
+pytestmark = pytest.mark.kernels
+
 SMALL = Conv4(width=4, halving="pool", features="flat", norm_scale=True)
 
 

@@ -15,6 +15,8 @@ from learners.models.normalisation import BatchNorm
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 
+pytestmark = pytest.mark.kernels
+
 NORMS = ("transductive", "support_plus_one", "support_statistics", "frozen")
 
 

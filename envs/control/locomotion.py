@@ -1,4 +1,4 @@
-"""Locomotion: one stepper for every body and goal of the tables in `envs.control.bodies`, and the tasks made of them."""
+"""Locomotion: one stepper for every body and goal of `envs.control.bodies`, and the tasks made of them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ train: $(STAMP)  ## the main job: RUN=sinusoid ARGS="--iterations 1000"
 
 test: check  ## what CI runs: style, types, tests, and those of kernels once more held to AVX2 (minutes)
 	$(PYTEST) -m "not slow" --durations 20 $(ARGS)
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "kernels and not slow" $(ARGS)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "kernels and not slow" $(ARGS) || test $$? -eq 5  # 5: ARGS chose none of them
 
 check: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -6,6 +6,9 @@ import pytest
 
 from cluster import cli
 
+PATIENCE = 600.0
+"""Seconds after which something hangs: far beyond what it takes, so that a busy neighbour breaks nothing."""
+
 SIZE = ["--iterations", "6", "--meta-batch", "8", "--shard", "4"]
 HELD_OUT = ["--evaluation.tasks", "10", "--evaluation.validation-tasks", "8"]
 TINY = [*SIZE, *HELD_OUT, "--execution", "vmap", "--pool", "local"]

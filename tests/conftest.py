@@ -16,6 +16,7 @@ from tests.commands import TINY, metafleet
 SHARED = Path(os.environ.get("METAFLEET_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests run in one process, and all that starts a Ray in the same one, first: two Rays at a time on two
     cores are too many. (`pytest -n 2 --dist loadgroup`; without xdist the groups mean nothing.)

@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.commands import PATIENCE
+
 NETWORK = "10.93.0"
 PORT = 6379
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -71,7 +73,7 @@ class Hosts:
         log = open(folder / "log", "wb")  # noqa: SIM115
         subprocess.Popen(self.command(command, host), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                          start_new_session=True, env=self.environment)  # fmt: skip
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + PATIENCE
         while "Ray runtime started" not in (folder / "log").read_text(errors="replace"):
             if time.monotonic() > give_up:
                 raise TimeoutError(f"host {host} did not start: {(folder / 'log').read_text(errors='replace')[-2000:]}")

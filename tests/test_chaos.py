@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("ray")
 from tests import chaos, hosts
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = pytest.mark.ray
 
 
 def test_every_fault_once_changes_no_bit() -> None:

@@ -266,7 +266,6 @@ def test_gradients_of_images_that_are_not_finite_are_seen() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
 def test_theta_and_images_are_the_same_on_any_fleet_and_after_a_kill(pool_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from cluster.fleet.ray_pool import RayPool

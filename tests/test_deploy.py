@@ -31,6 +31,7 @@ from cluster.training.evaluation import Evaluation
 from cluster.training.ledger import COUNTS
 from cluster.training.synchronous import Synchronous
 from tests import kuberay
+from tests.commands import PATIENCE
 from tests.fakes import quadratic_recipe, start
 
 ROOT = Path(__file__).parents[1]
@@ -239,7 +240,7 @@ def test_replicas_follow_the_experiment(tmp_path: Path) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         here = {"KUBERNETES_URL": f"http://127.0.0.1:{server.server_port}", "SERVICE_ACCOUNT": str(tmp_path)}
         words = [sys.executable, str(DEPLOY / "kubernetes" / "overlays" / "scale" / "resize.py"), "metafleet", "4"]
-        done = subprocess.run(words, env=os.environ | here, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=os.environ | here, capture_output=True, text=True, timeout=PATIENCE)
         server.shutdown()
     assert done.returncode == 0, done.stderr
     path = "/apis/ray.io/v1/namespaces/research/rayclusters/metafleet"

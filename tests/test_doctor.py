@@ -72,7 +72,6 @@ def test_the_command_says_it_line_by_line_and_fails_where_something_is_wrong(
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
 def test_a_cluster_is_asked_node_by_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")
     with pytest.raises(SystemExit):

@@ -16,13 +16,14 @@ from cluster.setup import assemble, config
 from cluster.training.driver import Driver
 from cluster.training.evaluation import Evaluation
 from cluster.training.identity import digest
+from tests.commands import PATIENCE
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from cluster.fleet.ray_pool import RayPool  # noqa: E402
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.ray
 FEW = Evaluation(validation_tasks=0, tasks=8, steps=1, pictures=0)
 
 
@@ -91,7 +92,7 @@ def test_with_fewer_workers_than_the_least_no_work_is_given_out(cluster: Any) ->
         assert pool.free() == 0  # the head has room for one
     cluster.add_node(num_cpus=1)
     begin = time.monotonic()
-    while not pool.free() and time.monotonic() < begin + 90:
+    while not pool.free() and time.monotonic() < begin + PATIENCE:
         pool.poll(0.1)
     assert pool.free() == 4
     pool.close()

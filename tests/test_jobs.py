@@ -13,9 +13,10 @@ import pytest
 
 from cluster.record.checkpoint import Checkpoints
 from tests import hosts
+from tests.commands import PATIENCE
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,7 +38,7 @@ def submit(
     command = [*hosts.RAY, "job", "submit", "--address", "http://10.93.0.10:8265", "--working-dir", ".",
                "--runtime-env-json", excludes, "--", sys.executable, "-m", module, *words]  # fmt: skip
     return subprocess.run(
-        cluster.command(command), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
+        cluster.command(command), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
 
 

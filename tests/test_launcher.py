@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from cluster.record.checkpoint import Checkpoints
+from tests.commands import PATIENCE
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
@@ -88,7 +89,9 @@ def test_a_cluster_goes_up_over_ssh_trains_a_run_and_goes_down(tmp_path: Path) -
     environment = clean | {"HOME": str(home), "ROOT": str(ROOT), "SSHD": str(shutil.which("sshd")),
                            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
     words = ["unshare", "--pid", "--fork", "--mount-proc", "--net", "--kill-child", "bash", "-c", SCRIPT]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=260, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
+    )
     said = done.stdout + done.stderr
     log = (home / "sshd.log").read_text() if (home / "sshd.log").exists() else ""
     assert done.returncode == 0, f"{said[-6000:]}\n{log[-1000:]}"

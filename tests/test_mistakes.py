@@ -18,7 +18,7 @@ import torch
 from cluster import cli
 from cluster.record.checkpoint import Checkpoints
 from cluster.training.identity import digest
-from tests.commands import HELD_OUT, SIZE, TINY, metafleet, refusal
+from tests.commands import HELD_OUT, PATIENCE, SIZE, TINY, metafleet, refusal
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -163,7 +163,7 @@ def test_a_full_disk_stops_the_run_which_resumes_once_there_is_room(tmp_path: Pa
     ]
     try:
         full = subprocess.run(
-            [*command, *words, "--dir", str(small / "r")], capture_output=True, text=True, timeout=120
+            [*command, *words, "--dir", str(small / "r")], capture_output=True, text=True, timeout=PATIENCE
         )
         assert full.returncode == 1
         assert "error: [Errno 28] cannot write to" in full.stderr
@@ -173,9 +173,9 @@ def test_a_full_disk_stops_the_run_which_resumes_once_there_is_room(tmp_path: Pa
         assert stopped is not None
         assert 0 < stopped.iteration < 400
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        subprocess.run([*command, "resume", str(small / "r")], check=True, capture_output=True, timeout=120)
+        subprocess.run([*command, "resume", str(small / "r")], check=True, capture_output=True, timeout=PATIENCE)
         subprocess.run(
-            [*command, *words, "--dir", str(tmp_path / "roomy")], check=True, capture_output=True, timeout=120
+            [*command, *words, "--dir", str(tmp_path / "roomy")], check=True, capture_output=True, timeout=PATIENCE
         )
         ends = [Checkpoints(d / "checkpoints").newest() for d in (small / "r", tmp_path / "roomy")]
         assert digest(ends[0].meta) == digest(ends[1].meta)
@@ -190,12 +190,12 @@ def test_a_signal_checkpoints_and_exits_with_its_code(tmp_path: Path, number: in
         while not (tmp_path / "r" / "metrics.jsonl").exists() or not (tmp_path / "r" / "metrics.jsonl").read_text():
             time.sleep(0.05)
             assert run.poll() is None
-        second = subprocess.run([*words, "--debug"], capture_output=True, text=True, timeout=60)
+        second = subprocess.run([*words, "--debug"], capture_output=True, text=True, timeout=PATIENCE)
         assert "BlockingIOError" in second.stderr
         assert f"in use by process {run.pid}" in second.stderr
         run.send_signal(number)
         began = time.monotonic()
-        _, text = run.communicate(timeout=30)
+        _, text = run.communicate(timeout=PATIENCE)
     assert run.returncode == code
     assert time.monotonic() - began < 10
     assert "stopping after a checkpoint" in text

@@ -14,7 +14,7 @@ import pytest
 from cluster import cli
 from cluster.commands import flags
 from cluster.commands.tools import NoOptions
-from tests.commands import metafleet
+from tests.commands import PATIENCE, metafleet
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -128,7 +128,7 @@ def run(name: str, folder: Path, change: dict[str, str] | None = None) -> str:
         program = program.replace(old, new)
     (folder / name).write_text(program)
     done = subprocess.run(
-        [sys.executable, name], cwd=folder, capture_output=True, text=True, timeout=170, env=os.environ
+        [sys.executable, name], cwd=folder, capture_output=True, text=True, timeout=PATIENCE, env=os.environ
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -184,7 +184,7 @@ def test_exported_theta_adapts_in_plain_torch(tmp_path: Path) -> None:
     train = f"train sinusoid {RUN} --evaluation.pictures 0 --iterations 1500 --meta-batch 50 --shard 25 --dir run"
     for words in (train, "export run theta.safetensors"):
         command = [sys.executable, "-m", "cluster.cli", *words.split()]
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=170)
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=PATIENCE)
     predicted, wanted = (float(v) for v in re.findall(r"-?\d+\.\d+", run("use.py", tmp_path)))
     assert abs(predicted - wanted) < 1.0  # θ alone, unadapted, is about 1.4 off
 

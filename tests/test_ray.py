@@ -28,12 +28,13 @@ from cluster.training.identity import digest
 from cluster.training.ledger import ENDS
 from learners.base import Meta
 from learners.outer.descent import Descent
+from tests.commands import PATIENCE
 from tests.fakes import Newton, Noisy, quadratic_recipe, start
 
 ray = pytest.importorskip("ray")
 from cluster.fleet.ray_pool import RayPool, _Actor  # noqa: E402 - only where Ray is installed
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.ray
 FEW = Evaluation(every=10, validation_tasks=8, tasks=8, steps=2, pictures=0)
 
 
@@ -263,7 +264,7 @@ def test_a_killed_driver_resumes_on_another_number_of_workers(tmp_path: Path) ->
     few += "--evaluation.tasks 8 --evaluation.validation-tasks 8"
     whole = [sys.executable, "-m", "cluster.cli", "train", "sinusoid", *few.split(), "--checkpoint.seconds", "0"]
     subprocess.run(
-        [*whole, "--pool", "local", "--dir", str(tmp_path / "whole")], check=True, capture_output=True, timeout=120
+        [*whole, "--pool", "local", "--dir", str(tmp_path / "whole")], check=True, capture_output=True, timeout=PATIENCE
     )
     directory = tmp_path / "killed"
     with subprocess.Popen(
@@ -283,7 +284,7 @@ def test_a_killed_driver_resumes_on_another_number_of_workers(tmp_path: Path) ->
         [sys.executable, "-m", "cluster.cli", "resume", str(directory), "--workers", "3"],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     ends = [Checkpoints(tmp_path / name / "checkpoints").newest() for name in ("whole", "killed")]
     assert ends[1].attempt == 2
@@ -381,7 +382,7 @@ def test_a_shard_that_fails_on_one_worker_is_given_to_another(tmp_path: Path) ->
 def test_a_dead_address_is_one_clear_sentence(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "cluster.cli", "train", "sinusoid", "--address", "127.0.0.1:1", "--dir",
-        str(tmp_path / "x")], capture_output=True, text=True, timeout=60,
+        str(tmp_path / "x")], capture_output=True, text=True, timeout=PATIENCE,
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
     )  # fmt: skip
     assert result.returncode == 1

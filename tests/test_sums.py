@@ -138,7 +138,6 @@ def test_what_a_run_carries_on_is_not_rounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
 def test_a_ray_fleet_that_adds_by_itself_gives_the_drivers_bits(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from cluster.fleet.ray_pool import RayPool

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from cluster.record.checkpoint import Checkpoints
+from tests.commands import PATIENCE
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,7 +21,7 @@ def test_a_sweep_trains_trials_gives_the_worse_up_and_names_the_best(tmp_path: P
     words = ["sinusoid", "--home", "sweep", "--trials", "2", "--iterations", "40", "--measure", "mse", "--mode", "min"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, str(ROOT / "deploy" / "sweep.py"), *words], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=260)  # fmt: skip
+                          capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     runs = list((tmp_path / "sweep").iterdir())
     reached = sorted(state.iteration for r in runs if (state := Checkpoints(r / "checkpoints").newest()))

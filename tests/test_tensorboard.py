@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
-
-pytestmark = pytest.mark.timeout(280)
+from tests.commands import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def board(run: Path) -> Iterator[str]:
     words = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + PATIENCE
     while True:
         try:
             if "sinusoid" in urllib.request.urlopen(f"{url}/data/runs", timeout=5).read().decode():
@@ -75,7 +74,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     window.quit()
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 40.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """The condition's value once it is true."""
     give_up = time.monotonic() + seconds
     while not (found := condition()):

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.fleet.deadlines import Deadlines
 from cluster.fleet.messages import Contribution, Event
-from cluster.fleet.placement import Deadlines
 from cluster.fleet.recipe import Recipe
 from cluster.record.checkpoint import Checkpointing
 from cluster.results import monitor

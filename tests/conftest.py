@@ -5,8 +5,11 @@ skip.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +19,42 @@ from tests.commands import TINY, metafleet
 SHARED = Path(os.environ.get("METAFLEET_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks
+HOSTS = ("test_chaos.py", "test_jobs.py", "test_launcher.py")
+"""Files that make hosts of network namespaces, which there is room for once."""
+
+
+def scope(nodeid: str) -> str:
+    """What runs in one process, in order: a file; but all that makes hosts, and all else that starts a Ray."""
+    path, _, test = nodeid.partition("::")
+    file = Path(path).name
+    if file in HOSTS:
+        return "hosts"
+    return "ray" if _starts_ray(file, test.partition("[")[0]) else file
+
+
+@cache
+def _starts_ray(file: str, test: str) -> bool:
+    text = (Path(__file__).parent / file).read_text()
+    return "pytestmark = pytest.mark.ray" in text or bool(re.search(rf"@pytest\.mark\.ray\n(@.*\n)*def {test}\(", text))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process, and all that starts a Ray in the same one, first: two Rays at a time on two
-    cores are too many. (`pytest -n 2 --dist loadgroup`; without xdist the groups mean nothing.)
-    """
-    for item in items:
-        name = "ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # stable: the longest group begins
+    """What takes longest and mostly waits begins, so that the rest goes beside it."""
+    order = {"hosts": 0, "ray": 1}
+    items.sort(key=lambda item: order.get(scope(item.nodeid), 2))  # stable
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Processes of `pytest -n` take one scope after another, in the order of `pytest_collection_modifyitems`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScope(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByScope(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 A change that must not move a number shows the same table before and after. Only the command line is used, so that one
 file serves trees of any layout:
 
-    python -m tests.digests --data ../shared/data > before.txt      (and > after.txt on the changed tree)
+    python -m tests.digests --data DIR > before.txt      (and > after.txt on the changed tree)
     diff before.txt after.txt
 
 Presets of MiniImagenet and PURER's natural images read `--data`/tiny_imagenet_fewshot.zip, Omniglot's the two archives
@@ -145,7 +145,7 @@ def main() -> None:
     """Print NAME DIGEST for each preset that begins with one of the given prefixes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", nargs="*", default=[""])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
     options = parser.parse_args()
     failed = False
     table = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the table alone goes to standard output

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.setup import assemble, catalog, comparisons, config, resolve
+from cluster.setup import assemble, catalog, config, equal_budget, resolve
 from cluster.setup.tables import flat, to_table
 from envs.images.data_free import DataFree
 from learners.algorithms.maml import MAML
@@ -24,11 +24,11 @@ COMPARISONS = [name for name in config.presets() if config.VARIANTS in config.re
 def test_every_run_of_a_comparison_takes_the_same_budget(name: str) -> None:
     table = config.read(name)
     what, budget = next((k, table[k]) for k in ("passes", "env_steps") if k in table)
-    runs = comparisons.comparison(name)
+    runs = equal_budget.comparison(name)
     if any(isinstance(run.task, DataFree) for run in runs.values()):  # trained equally long, or not at all
         assert {run.iterations for run in runs.values()} == {1, 3000}
         assert all(3000 * run.meta_batch * run.learner.passes() == budget for run in runs.values())
-        assert set(comparisons.beginnings(name).values()) <= set(runs)
+        assert set(equal_budget.beginnings(name).values()) <= set(runs)
         return
     for variant, run in runs.items():
         each = run.meta_batch * run.learner.passes()

@@ -22,7 +22,7 @@ from learners.engine.execution import Execution
 from learners.engine.optimisers import Adam
 from learners.objectives import policy_gradient as pg
 from learners.objectives.control import Control
-from learners.outer.proximal import ProMP
+from learners.outer.promp import ProMP
 from learners.verbs import common_verbs
 from tests.test_control import N, directions, policy, recorded, slope
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.fleet.placement import Deadlines
+from cluster.fleet.deadlines import Deadlines
 from cluster.fleet.pool import LocalPool
 from cluster.operations.replay import replay, steps
 from cluster.record import journal

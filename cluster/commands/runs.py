@@ -183,7 +183,7 @@ def compare(words: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Export:
-    """Write the θ of a run as safetensors, for use with plain torch (README shows how)."""
+    """Write the θ of a run as safetensors, for use with plain torch (learners/README.md shows how)."""
 
     dir: Annotated[str, tyro.conf.Positional]
     """Run directory, or its URL."""

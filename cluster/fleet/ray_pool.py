@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.fleet import ray_fleet, wire
+from cluster.fleet.deadlines import Deadlines, Patience
 from cluster.fleet.machine import data_files, environment, whereabouts
 from cluster.fleet.messages import Assignment, Broadcast, Contribution, Event, Failure, FleetEvent, RunStopped
-from cluster.fleet.placement import IN_FLIGHT, Deadlines, Experience
+from cluster.fleet.placement import IN_FLIGHT, Placement
 from cluster.fleet.ray_fleet import FETCH_SECONDS, Adders, Remote, cause
 from cluster.fleet.recipe import Recipe
 from cluster.fleet.worker import Worker
@@ -91,7 +92,7 @@ class RayPool:
         if not 1 <= least <= workers:
             raise ValueError(f"workers={workers}, of which at least {least}: 1 ≤ least ≤ workers wanted")
         self._least = least
-        self._experience = Experience(limits or Deadlines())
+        self._placement, self._patience = Placement(), Patience(limits or Deadlines())
         self._started = ray_fleet.join(address, workers * cpus_per_worker, workers * gpus_per_worker)
         options: dict[str, Any] = {
             "num_cpus": cpus_per_worker,
@@ -137,7 +138,7 @@ class RayPool:
         return sum(max(0, IN_FLIGHT - len(a.tickets)) for a in ready) if len(ready) >= self._least else 0
 
     def submit(self, assignment: Assignment) -> None:
-        name = self._experience.choose(assignment, {a.name: len(a.tickets) for a in self._actors if a.ready})
+        name = self._placement.choose(assignment, {a.name: len(a.tickets) for a in self._actors if a.ready})
         actor = next(a for a in self._actors if a.name == name)
         actor.holds = {h for h in actor.holds if h >= assignment.oldest}
         at, operand = self._unsent(actor, assignment.at), self._unsent(actor, assignment.operand)
@@ -155,7 +156,7 @@ class RayPool:
             _first(ref) for a in self._actors for _, ref in a.tickets
         ]
         if refs and not self._events:
-            ray.wait(refs, num_returns=1, timeout=self._patience(timeout))
+            ray.wait(refs, num_returns=1, timeout=self._wait(timeout))
         elif not refs:
             time.sleep(min(timeout, 0.05))
         # one call, however many actors
@@ -235,7 +236,8 @@ class RayPool:
                 return
             else:
                 self._events.append(answer)
-                self._experience.answered(actor.name, assignment, answer.seconds)
+                self._placement.answered(actor.name, assignment)
+                self._patience.answered(actor.name, assignment.verb, answer.seconds)
                 self._losses = 0
             actor.tickets.popleft()
             actor.since = time.monotonic()
@@ -272,9 +274,9 @@ class RayPool:
                     self._lose(actor, "late", f"no answer for {allowed:.1f} s")
 
     def _deadline(self, actor: _Member) -> float:
-        return self._experience.deadline(actor.name, actor.tickets[0][0].verb)
+        return self._patience.deadline(actor.name, actor.tickets[0][0].verb)
 
-    def _patience(self, timeout: float) -> float:
+    def _wait(self, timeout: float) -> float:
         """Seconds to wait for an answer before some deadline passes."""
         now = time.monotonic()
         return max(0.0, min([timeout, *(a.since + self._deadline(a) - now for a in self._actors if a.tickets)]))
@@ -282,7 +284,7 @@ class RayPool:
     def _lose(self, actor: _Member, kind: Literal["died", "late", "error"], reason: str) -> None:
         """Kill an actor, report its work as failed, and have it replaced."""
         self._actors.remove(actor)
-        self._experience.lost(actor.name)
+        self._patience.lost(actor.name)
         ray.kill(actor.handle)
         for position, (assignment, _) in enumerate(actor.tickets):
             blamed = kind if position == 0 else "died"  # only the first was running

@@ -20,7 +20,7 @@ from cluster.operations.existing_run import CONFIGURATION, configuration
 from cluster.record.storage import Place, place, write_atomically
 from cluster.results import drawing, interval
 from cluster.results.report import RESULTS
-from cluster.setup import comparisons, config, resolve
+from cluster.setup import config, equal_budget, resolve
 from cluster.setup.run import Run
 from cluster.setup.tables import flat, to_table
 
@@ -47,7 +47,7 @@ class Group:
         """What one run took to train, in the currency of equal budgets, with the runs that it began from."""
         total, run = 0, self.run
         while True:
-            total += run.iterations * comparisons.spent(run, what)
+            total += run.iterations * equal_budget.spent(run, what)
             if not run.init_from:
                 return f"{total:,}"
             path = place(run.init_from) / CONFIGURATION

@@ -17,7 +17,7 @@ from cluster.record.lease import Lease
 from cluster.record.storage import Place, make_folder, write_atomically
 from cluster.results import monitor
 from cluster.results.report import RESULTS
-from cluster.setup import assemble, comparisons, config, resolve
+from cluster.setup import assemble, config, equal_budget, resolve
 from cluster.setup.run import Run
 from cluster.setup.tables import flat, to_table
 from cluster.training.driver import Driver
@@ -63,7 +63,7 @@ def train_all(name: str, home: Place, *, seeds: int, keys: dict[str, Any]) -> li
         raise ValueError(f"seeds={seeds}: at least 1 wanted")
     directories: list[Place] = []
     home = home.absolute() if isinstance(home, Path) else home  # run.toml names the run that another begins from
-    variants, beginnings = comparisons.comparison(name, keys), comparisons.beginnings(name)
+    variants, beginnings = equal_budget.comparison(name, keys), equal_budget.beginnings(name)
     for variant, run in variants.items():
         for seed in range(run.seed, run.seed + seeds):
             suffix = f"seed-{seed}" if seeds > 1 else ""

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from cluster.fleet import seeds
+from cluster.fleet.deadlines import Deadlines
 from cluster.fleet.machine import set_up_torch
-from cluster.fleet.placement import Deadlines
 from cluster.fleet.recipe import Recipe
 from cluster.record.journal import Unwritten
 from cluster.setup import assemble

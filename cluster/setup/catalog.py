@@ -27,7 +27,7 @@ from learners.base import Learner, Outer
 from learners.models.networks import MLP, Conv4, GaussianMLP, ModelSpec
 from learners.models.resnet import ResNet
 from learners.outer.descent import Descent
-from learners.outer.proximal import ProMP
+from learners.outer.promp import ProMP
 from learners.outer.trust_region import TrustRegion
 from learners.purer.calibration import DataFreeMAML
 from learners.purer.outer import Purer

@@ -13,7 +13,7 @@ from cluster.setup.tables import Table, choose, from_table, merged, nearest, to_
 
 PRESETS = Path(__file__).parent / "presets"
 VARIANTS = "runs"
-"""Table of a TOML file that makes it a comparison of several runs (`setup.comparisons`)."""
+"""Table of a TOML file that makes it a comparison of several runs (`setup.equal_budget`)."""
 
 NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""

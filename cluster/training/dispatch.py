@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cluster.fleet.deadlines import Usual
 from cluster.fleet.messages import Assignment, Contribution, Event, Failure, FleetEvent, Lost, RunStopped
-from cluster.fleet.placement import Usual
 from cluster.fleet.pool import Pool
 from cluster.training.aggregate import Tree, is_finite
 from cluster.training.ledger import Ledger

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cluster.fleet.placement import Deadlines
+from cluster.fleet.deadlines import Deadlines
 from cluster.record.checkpoint import Work
 from cluster.training.dispatch import Dispatcher
 from learners.base import CARRIED, GROUP, Meta, Outer, Params, Sum

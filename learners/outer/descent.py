@@ -73,6 +73,8 @@ class Descent:
         return Meta(params, slots), state, metrics | {"outer/lr": lr * lr_scale}
 
     def _optimiser(self) -> Optimiser:
-        if self.optimizer == "adam":
-            return Adam(self.beta1, self.beta2, self.eps)
-        return SGD(self.momentum)
+        match self.optimizer:
+            case "adam":
+                return Adam(self.beta1, self.beta2, self.eps)
+            case "sgd":
+                return SGD(self.momentum)

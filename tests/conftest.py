@@ -29,12 +29,12 @@ def scope(nodeid: str) -> str:
     file = Path(path).name
     if file in HOSTS:
         return "hosts"
-    return "ray" if _starts_ray(file, test.partition("[")[0]) else file
+    return "ray" if _starts_ray(path, test.partition("[")[0]) else path
 
 
 @cache
-def _starts_ray(file: str, test: str) -> bool:
-    text = (Path(__file__).parent / file).read_text()
+def _starts_ray(path: str, test: str) -> bool:
+    text = (Path(__file__).parents[1] / path).read_text()
     return "pytestmark = pytest.mark.ray" in text or bool(re.search(rf"@pytest\.mark\.ray\n(@.*\n)*def {test}\(", text))
 
 

@@ -49,7 +49,7 @@ SMALL = {
     "export": "",
 }
 """What is appended to a command."""
-ELSEWHERE = ("scale",)  # tests/test_scale.py
+ELSEWHERE = ("scale",)  # tests/operations/test_scale.py
 MACHINES = ("ray", "kubectl", "helm", "docker", "kustomize", "export", "tensorboard", "pip", "git", "python")
 """Programs that need a cluster: looked at, not run here (`ray` is, in test_launcher.py and test_jobs.py)."""
 

@@ -17,7 +17,7 @@ from tests.commands import PATIENCE
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from cluster.record.checkpoint import Checkpoints
 from tests.commands import PATIENCE
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_sweep_trains_trials_gives_the_worse_up_and_names_the_best(tmp_path: Path) -> None:

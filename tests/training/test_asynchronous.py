@@ -32,7 +32,7 @@ from learners.base import Meta
 from learners.outer.descent import Descent
 from learners.outer.trust_region import TrustRegion
 from tests.fakes import Noisy, ScriptedPool, SleepyPool, quadratic_recipe, start
-from tests.test_driver import non_finite
+from tests.training.test_driver import non_finite
 
 FEW = Evaluation(every=4, validation_tasks=6, tasks=5, steps=2, pictures=0)
 SGD = Descent(optimizer="sgd", lr=0.1)

@@ -16,7 +16,7 @@ from cluster.training.asynchronous import Asynchronous
 from cluster.training.driver import Driver
 from cluster.training.evaluation import Evaluation
 from tests.fakes import quadratic_recipe, start
-from tests.test_asynchronous import LatePool
+from tests.training.test_asynchronous import LatePool
 
 FEW = Evaluation(every=100, validation_tasks=0, tasks=4, steps=1, pictures=0)
 

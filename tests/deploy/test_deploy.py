@@ -30,11 +30,11 @@ from cluster.training.driver import Driver
 from cluster.training.evaluation import Evaluation
 from cluster.training.ledger import COUNTS
 from cluster.training.synchronous import Synchronous
-from tests import kuberay
 from tests.commands import PATIENCE
+from tests.deploy import kuberay
 from tests.fakes import quadratic_recipe, start
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 OVERLAYS = sorted(p.name for p in (DEPLOY / "kubernetes" / "overlays").iterdir())
 KUBERNETES = "1.32"

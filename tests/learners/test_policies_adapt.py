@@ -24,7 +24,7 @@ from learners.objectives import policy_gradient as pg
 from learners.objectives.control import Control
 from learners.outer.promp import ProMP
 from learners.verbs import common_verbs
-from tests.test_control import N, directions, policy, recorded, slope
+from tests.learners.test_control import N, directions, policy, recorded, slope
 
 
 def small(**choices: str) -> Run:

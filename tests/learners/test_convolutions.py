@@ -22,7 +22,7 @@ from tests import convolutions
 
 pytestmark = pytest.mark.kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("isa", convolutions.available())

@@ -25,8 +25,8 @@ from cluster.record.storage import Place
 from cluster.training.driver import Driver
 from cluster.training.identity import digest
 from tests.fakes import Noisy, quadratic_recipe, start
-from tests.test_checkpoint import state
-from tests.test_driver import FEW, run
+from tests.record.test_checkpoint import state
+from tests.training.test_driver import FEW, run
 
 _NUMBERS = itertools.count()
 

@@ -5,9 +5,7 @@ skip.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +22,20 @@ HOSTS = ("test_chaos.py", "test_jobs.py", "test_launcher.py")
 
 
 def scope(nodeid: str) -> str:
-    """What runs in one process, in order: a file; but all that makes hosts, and all else that starts a Ray."""
-    path, _, test = nodeid.partition("::")
-    file = Path(path).name
-    if file in HOSTS:
-        return "hosts"
-    return "ray" if _starts_ray(path, test.partition("[")[0]) else path
-
-
-@cache
-def _starts_ray(path: str, test: str) -> bool:
-    text = (Path(__file__).parents[1] / path).read_text()
-    return "pytestmark = pytest.mark.ray" in text or bool(re.search(rf"@pytest\.mark\.ray\n(@.*\n)*def {test}\(", text))
+    """What runs in one process, in order: a file; but all that makes hosts."""
+    path = nodeid.partition("::")[0]
+    return "hosts" if Path(path).name in HOSTS else path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest and mostly waits begins, so that the rest goes beside it."""
-    order = {"hosts": 0, "ray": 1}
-    items.sort(key=lambda item: order.get(scope(item.nodeid), 2))  # stable
+    """What takes longest, and mostly waits, begins, so that the rest goes beside it."""
+    starts_ray = {scope(item.nodeid) for item in items if item.get_closest_marker("ray")}
+
+    def order(item: pytest.Item) -> int:
+        where = scope(item.nodeid)
+        return 0 if where == "hosts" else 1 if item.path.name == "test_ray.py" else 2 if where in starts_ray else 3
+
+    items.sort(key=order)  # stable
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -160,7 +160,7 @@ def test_ones_own_model_and_tasks_learn_locally(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_ones_own_model_and_tasks_learn_on_ray_to_the_same_numbers(tmp_path: Path) -> None:
     shorter = {
-        "iterations=200": "iterations=20",
+        "iterations=200, meta_batch=16, shard=8": "iterations=4, meta_batch=100, shard=50",
         "from torch import nn": "from torch import nn\n\ntorch.manual_seed(0)",
     }
     on_ray = {

@@ -20,8 +20,6 @@ from learners.models.functional import functional
 from learners.models.resnet import ResNet
 from tests import convolutions
 
-pytestmark = pytest.mark.kernels
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,6 +29,7 @@ def test_what_this_processor_gets_wrong_is_what_we_avoid(isa: str) -> None:
     assert convolutions.held_to(isa, ["--short"]) == 0
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
@@ -66,6 +65,7 @@ class Bare(nn.Module):
 REFUSED = r"kernel 1×1 and stride 2×2 over 3 channels: .* convolve x\[\.\.\., ::s, ::s\] with stride 1 instead"
 
 
+@pytest.mark.kernels
 def test_a_call_inside_forward_is_refused_where_an_example_is_given() -> None:
     module, x = Bare(lambda x, w: F.conv2d(x, w, stride=2)), torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match=REFUSED):
@@ -74,6 +74,7 @@ def test_a_call_inside_forward_is_refused_where_an_example_is_given() -> None:
     functional(Bare(lambda x, w: F.conv2d(x, w, stride=2), inputs=16), torch.randn(2, 16, 8, 8))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("mode", ["plain", "vmap"])
 def test_without_an_example_the_first_call_refuses(mode: str) -> None:
     model, x = functional(Bare(lambda x, w: F.conv2d(x, w, stride=2))), torch.randn(4, 2, 3, 8, 8)
@@ -82,6 +83,7 @@ def test_without_an_example_the_first_call_refuses(mode: str) -> None:
         torch.vmap(lambda v: model(params, v))(x) if mode == "vmap" else model(params, x[0])
 
 
+@pytest.mark.kernels
 def test_what_hangs_on_a_convolution_is_not_lost() -> None:
     """Hooks, the older spectral norm's `weight_orig`, parametrisations: such a layer is not swapped."""
     seen: list[object] = []
@@ -96,6 +98,7 @@ def test_what_hangs_on_a_convolution_is_not_lost() -> None:
     assert names == {f"0.{k}" for k, _ in reparametrised.named_parameters()}
 
 
+@pytest.mark.kernels
 def test_a_layer_in_two_places_stays_one() -> None:
     shared = nn.Conv2d(4, 4, 1, stride=2)
     model = functional(nn.Sequential(shared, nn.ReLU(), shared), torch.zeros(2, 4, 8, 8))
@@ -103,6 +106,7 @@ def test_a_layer_in_two_places_stays_one() -> None:
     assert list(model.params()) == ["0.weight", "0.bias"]
 
 
+@pytest.mark.kernels
 def test_a_resnets_shortcuts_are_swapped() -> None:
     model = functional(ResNet(10, 4).build((3, 16, 16), 5), torch.zeros(2, 3, 16, 16))
     shortcuts = [m for name, m in model.module.named_modules() if name.endswith("shortcut.conv")]
@@ -110,6 +114,7 @@ def test_a_resnets_shortcuts_are_swapped() -> None:
     assert all(isinstance(m, PointwiseConv) for m in shortcuts)
 
 
+@pytest.mark.kernels
 def test_the_rule_names_the_family_and_nothing_else() -> None:
     assert unsafe(Call(False, (1, 1), (2, 2), 4))
     assert unsafe(Call(False, (1, 1), (1, 3), 15))

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def order(item: pytest.Item) -> int:
         where = scope(item.nodeid)
-        return 0 if where == "hosts" else 1 if item.path.name == "test_ray.py" else 2 if where in starts_ray else 3
+        return 0 if where == "hosts" else 1 if where in starts_ray else 2
 
     items.sort(key=order)  # stable
 

@@ -17,7 +17,8 @@ class MAML(InnerLoop):
     α is in units of the objective's loss: a mean cross-entropy wants N times cbfinn's rate (see `Supervised`).
 
     `adapts = ["head*"]` is ANIL (Raghu et al. 2020): the body is meta-learned and stands still inside, which puts
-    D = diag(0, α) in place of α. The complement, `adapts = ["block*"]` on Conv4, is BOIL (Oh et al. 2021).
+    D = diag(0, α) in place of α. The complement, `adapts = ["block*"]` on Conv4, is BOIL (Oh et al. 2021); our presets
+    take `["*conv*"]`, which leaves the normalisation still.
     """
 
     single_loss: ClassVar[bool] = True

@@ -5,6 +5,8 @@ skip.
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from tests.commands import TINY, metafleet
 
 SHARED = Path(os.environ.get("METAFLEET_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
+
+# Rays of processes beside each other must not find each other: "auto" is whichever started last in a folder.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray")
 
 HOSTS = ("test_chaos.py", "test_jobs.py", "test_launcher.py")
 """Files that make hosts of network namespaces, which there is room for once."""
@@ -49,6 +54,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     config.option.loadscopereorder = False
     return ByScope(config, log)
+
+
+def pytest_unconfigure() -> None:
+    """Take the Rays' folder away."""
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ VENV := .venv
 RUN ?= sinusoid
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Four processes on two cores: what starts clusters mostly waits.
-PYTEST := $(BIN)/python -m pytest -n 4
+# Three processes on two cores: what starts clusters mostly waits.
+PYTEST := $(BIN)/python -m pytest -n 3
 BENCH_STAMP := $(VENV)/installed-bench
 
 .PHONY: train test check slow chaos convolutions fuzz bench lock clean help

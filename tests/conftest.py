@@ -22,25 +22,21 @@ SHARED = Path(os.environ.get("METAFLEET_TEST_DATA", Path(__file__).resolve().par
 # Rays of processes beside each other must not find each other: "auto" is whichever started last in a folder.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray")
 
-HOSTS = ("test_chaos.py", "test_jobs.py", "test_launcher.py")
-"""Files that make hosts of network namespaces, which there is room for once."""
+CLUSTERS = ("test_chaos", "test_jobs", "test_launcher", "test_elastic", "test_sweep", "test_scale", "test_doctor")
+"""Files whose hosts, or many processes, there is room for once."""
 
 
 def scope(nodeid: str) -> str:
-    """What runs in one process, in order: a file; but all that makes hosts."""
+    """What runs in one process, in order: a file; but all that makes clusters, and all of Ray's workers."""
     path = nodeid.partition("::")[0]
-    return "hosts" if Path(path).name in HOSTS else path
+    name = Path(path).stem
+    return "clusters" if name in CLUSTERS else "ray" if name.startswith("test_ray") else path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest, and mostly waits, begins, so that the rest goes beside it."""
-    starts_ray = {scope(item.nodeid) for item in items if item.get_closest_marker("ray")}
-
-    def order(item: pytest.Item) -> int:
-        where = scope(item.nodeid)
-        return 0 if where == "hosts" else 1 if where in starts_ray else 2
-
-    items.sort(key=order)  # stable
+    order = {"clusters": 0, "ray": 1}
+    items.sort(key=lambda item: order.get(scope(item.nodeid), 2))  # stable
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -72,7 +72,7 @@ class Case:
     def call(self) -> Call:
         """What the product would be asked about it."""
         over = (self.outputs if self.transposed else self.inputs) // self.groups
-        return Call(self.transposed, (self.kernel,) * self.spatial, (self.stride,) * self.spatial, over)
+        return Call(self.transposed, (self.kernel,) * self.spatial, (self.stride,) * self.spatial, self.groups, over)
 
 
 def cases(*, short: bool) -> Iterator[Case]:

@@ -27,13 +27,18 @@ class Call(NamedTuple):
     transposed: bool
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
+    groups: int
     inputs: int
     """Channels per group that the weight gradient is taken over."""
 
 
 def unsafe(call: Call) -> bool:
-    """Whether a convolution's weight gradient may be computed by the kernel that leaves its memory."""
-    return math.prod(call.kernel) == 1 and max(call.stride) > 1 and call.inputs < FEWEST_INPUTS
+    """Whether a convolution's weight gradient may be computed by the kernel that leaves its memory.
+
+    Images only, in one group, and not transposed: those others pass `make convolutions` on every instruction set.
+    """
+    strided_pointwise = call.kernel == (1, 1) and max(call.stride) > 1
+    return strided_pointwise and not call.transposed and call.groups == 1 and call.inputs < FEWEST_INPUTS
 
 
 class SafeCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -41,9 +46,9 @@ class SafeCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
-            weight, stride, transposed = args[1], args[3], args[6]
+            weight, stride, transposed, groups = args[1], args[3], args[6], args[8]
             # A weight is [out, in / groups, …], of a transposed one [in, out / groups, …].
-            call = Call(transposed, tuple(weight.shape[2:]), tuple(stride), weight.shape[1])
+            call = Call(transposed, tuple(weight.shape[2:]), tuple(stride), groups, weight.shape[1])
             if unsafe(call):
                 raise ValueError(
                     f"a convolution of kernel {'×'.join(map(str, call.kernel))} and stride "

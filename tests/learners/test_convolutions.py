@@ -72,6 +72,7 @@ def test_a_call_inside_forward_is_refused_where_an_example_is_given() -> None:
         functional(module, x)
     functional(Bare(lambda x, w: F.conv2d(x[..., ::2, ::2], w)), x)  # as the sentence says
     functional(Bare(lambda x, w: F.conv2d(x, w, stride=2), inputs=16), torch.randn(2, 16, 8, 8))
+    functional(Bare(lambda x, w: F.conv_transpose2d(x, w.transpose(0, 1), stride=2)), x)  # another kernel, and right
 
 
 @pytest.mark.kernels
@@ -116,11 +117,14 @@ def test_a_resnets_shortcuts_are_swapped() -> None:
 
 @pytest.mark.kernels
 def test_the_rule_names_the_family_and_nothing_else() -> None:
-    assert unsafe(Call(False, (1, 1), (2, 2), 4))
-    assert unsafe(Call(False, (1, 1), (1, 3), 15))
-    assert not unsafe(Call(False, (1, 1), (1, 1), 4))
-    assert not unsafe(Call(False, (3, 3), (2, 2), 4))
-    assert not unsafe(Call(False, (1, 1), (2, 2), 16))
+    assert unsafe(Call(False, (1, 1), (2, 2), 1, 4))
+    assert unsafe(Call(False, (1, 1), (1, 3), 1, 15))
+    assert not unsafe(Call(False, (1, 1), (1, 1), 1, 4))
+    assert not unsafe(Call(False, (3, 3), (2, 2), 1, 4))
+    assert not unsafe(Call(False, (1, 1), (2, 2), 1, 16))
+    assert not unsafe(Call(False, (1, 1), (2, 2), 2, 4))
+    assert not unsafe(Call(True, (1, 1), (2, 2), 1, 4))
+    assert not unsafe(Call(False, (1,), (2,), 1, 4))
 
 
 @pytest.mark.skipif(

@@ -41,12 +41,12 @@ def descend(
     theta: Params,
     steps: int,
     optimiser: Optimiser,
-    lr: float | Callable[[int], float],
+    lr: Callable[[int], float],
     *,
-    adapts: tuple[str, ...] = ("*",),
+    adapts: tuple[str, ...],
     again: bool,
-    direction: Direction = lambda grads, step: grads,
-    state: Params | None = None,
+    direction: Direction,
+    state: Params | None,
 ) -> Iterator[Point]:
     """φ₀ = θ, then φ_{k+1} = optimiser(φ_k, direction(∇ loss(φ_k, k), k)), `steps` times.
 
@@ -61,7 +61,7 @@ def descend(
     for step in range(steps):
         grads, value = _inner_gradient(lambda p, step=step: loss(still | p, step), moving, again)  # type: ignore[misc]
         losses = (*losses, value)
-        moving, state = optimiser.update(moving, direction(grads, step), state, lr(step) if callable(lr) else lr)
+        moving, state = optimiser.update(moving, direction(grads, step), state, lr(step))
         # In θ's order of names: what depends on the order (flattening, summing norms) must not depend on `adapts`.
         yield Point({k: moving.get(k, v) for k, v in theta.items()}, state, losses)
 

@@ -95,7 +95,7 @@ def prepared(run: Run, directory: Place, earlier: Begun | None) -> Run:
     run, why = resolve.resolved(run, earlier.run if earlier else None)
     if earlier:
         _check_continues(run, earlier, directory)
-    run.task.prepare()
+        run.task.prepare()
     monitor.log.info("%s", why)
     if idle := resolve.idle_workers(run):
         monitor.log.warning("%s; a new run could have %s", *idle)

@@ -125,6 +125,12 @@ def test_modules_of_ours_that_a_text_names_exist() -> None:
                     assert known or inside, f"{path.relative_to(ROOT)} names {name}"
 
 
+def test_lines_of_code_end_at_120_columns() -> None:
+    """Ruff spares lines that end in a pragma; this does not."""
+    for path in [p for part in ("cluster", "learners", "envs", "tests", "deploy") for p in (ROOT / part).rglob("*.py")]:
+        assert [line for line in path.read_text().splitlines() if len(line) > 120] == [], path
+
+
 def test_no_pickle_and_no_unsafe_load() -> None:
     for path, tree in FILES.items():
         assert not tops(imported(tree)) & {"pickle", "cloudpickle", "marshal", "shelve", "joblib"}, path

@@ -126,7 +126,8 @@ def _at_rate(learner: Learner, inner_lr: float) -> Learner:
     if not hasattr(learner, "inner_lr") or isinstance(learner, HasRates):
         raise ValueError(f"inner_lr={inner_lr}: {type(learner).__name__} has no such rate to set")
     if getattr(learner, "later_lr", 0.0) and learner.inner_lr:
-        learner = replace(learner, later_lr=learner.later_lr * inner_lr / learner.inner_lr)  # type: ignore[type-var, attr-defined]
+        later = learner.later_lr * inner_lr / learner.inner_lr  # type: ignore[attr-defined]
+        learner = replace(learner, later_lr=later)  # type: ignore[type-var]
     found: Learner = replace(learner, inner_lr=inner_lr)  # type: ignore[type-var]
     return found
 

@@ -44,7 +44,8 @@ class Monitor:
         self.directory, self.iterations = directory, iterations
         self.every = every or max(1, iterations // 1000)
         _truncate(directory / "metrics.jsonl", start)
-        self._jsonl = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 - held for the life of the run
+        # Held for the life of the run.
+        self._jsonl = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
         # purge_step (the first step to take back) from the very first writer on: TensorBoard ignores it where the first
         # one had none.
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)

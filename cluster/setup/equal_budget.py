@@ -65,5 +65,5 @@ def spent(run: Run, what: str) -> int:
         return run.meta_batch * run.learner.passes()
     if run.task.kind != "control":
         raise ValueError(f"env_steps: {type(run.task).__name__} has none; passes wanted")
-    steps: int = run.meta_batch * (training_steps(run.learner) + 1) * run.task.rollouts * run.task.horizon  # type: ignore[attr-defined]
-    return steps
+    per_step: int = run.task.rollouts * run.task.horizon  # type: ignore[attr-defined]
+    return run.meta_batch * (training_steps(run.learner) + 1) * per_step

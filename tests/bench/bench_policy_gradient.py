@@ -49,13 +49,13 @@ def products(run: Run) -> bool:
     data = gradient.record(at, {k: torch.stack([t[k] for t in tasks]) for k in tasks[0]})
     calls: dict[str, Any] = {"meta-gradient": lambda: execution.run(gradient.run, at, {}, data)}
     for every in (1, 4, 8):
-        fix = replace(run.outer, curvature_every=every).verbs(parts.learner, parts.objective)["curvature"].fix  # type: ignore[type-var]
+        fix = replace(run.outer, curvature_every=every).verbs(parts.learner, parts.objective)["curvature"].fix
         assert fix
         fixed = [fix(at, {k: v[i] for k, v in data.items()}) for i in range(TASKS)]
         calls[f"curvature product, every {every}"] = lambda fixed=fixed: execution.each(fixed, params)
     calls["surrogate and KL"] = lambda: execution.run(verbs["surrogate"].run, at, params, data)
     seconds = medians(calls, 9)
-    print(f"\n{TASKS} tasks of {run.task.rollouts} × {run.task.horizon} time steps before and after one inner step")  # type: ignore[attr-defined]
+    print(f"\n{TASKS} tasks of {run.task.rollouts} × {run.task.horizon} time steps before and after one inner step")
     for name, t in seconds.items():
         print(f"  {name:30s} {1e3 * t / TASKS:7.1f} ms a task   {t / seconds['meta-gradient']:5.2f}")
     ratio = seconds["curvature product, every 1"] / seconds["meta-gradient"]

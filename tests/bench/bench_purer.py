@@ -41,8 +41,8 @@ def plain(module: nn.Module) -> nn.Module:
     for name, child in list(found.named_modules()):
         for key, layer in list(child.named_children()):
             if isinstance(layer, normalisation.BatchNorm):
-                setattr(found.get_submodule(name), key, nn.BatchNorm2d(layer.running_mean.numel()))  # type: ignore[union-attr, operator]
-    return found.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+                setattr(found.get_submodule(name), key, nn.BatchNorm2d(layer.running_mean.numel()))
+    return found.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def bare_inversion(network: nn.Module, images: Tensor) -> None:
@@ -62,7 +62,7 @@ def run(shape: tuple[int, int, int], shots: int) -> None:
     assert isinstance(task, DataFree)
     model = functional(conv4.build(shape, WAYS))
     objective = Objective(model, "cross_entropy", teachers=tuple(teachers), per_class=task.per_class, shape=shape)
-    recipe = Recipe(task, given.learner, objective, replace(given.outer, teachers=TEACHERS), seed=0, execution="loop")  # type: ignore[type-var]
+    recipe = Recipe(task, given.learner, objective, replace(given.outer, teachers=TEACHERS), seed=0, execution="loop")
     verbs, at = recipe.verbs(objective), pack(model.params(), {})
     images = torch.randn(TEACHERS, WAYS, task.per_class, *shape)
     work = {"invert": ("teachers", TEACHERS), "episodes": ("train", EPISODES), "adversary": ("adversary", 1)}

@@ -138,7 +138,7 @@ def test_the_exploration_term_credits_the_first_pulls_with_the_return_after_adap
         f"exploration/{k}": torch.tensor(v).double() for k, v in (("mean", 2.5), ("square", 14.5), ("weight", 0.5))
     }
     data["actions"] = data["actions"] + 0.2  # so that the mean score is not zero
-    plain = MAML(RATE).gradient(Meta(theta, {}), Control(control.policy, rollouts=None), data).grads["mu"]  # type: ignore[arg-type]
+    plain = MAML(RATE).gradient(Meta(theta, {}), Control(control.policy, rollouts=None), data).grads["mu"]
     got = MAML(RATE).gradient(Meta(theta, slots), control, data)
     score = 0.2 / SIGMA**2  # mean ∇ log π of actions that lie 0.2 above their mean
     assert float(got.grads["mu"] - plain) == pytest.approx(-0.5 * (9 - 5) / 2 * score, rel=1e-6)

@@ -51,7 +51,10 @@ def recorded(control: Control, theta: Params, learner: MAML, seed: int = 0) -> D
 
 def directions(theta: Params) -> tuple[Params, Params]:
     generator = torch.Generator().manual_seed(1)
-    draw = lambda: {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in theta.items()}  # noqa: E731
+
+    def draw() -> dict[str, torch.Tensor]:
+        return {k: torch.randn(v.shape, generator=generator, dtype=torch.float64) for k, v in theta.items()}
+
     return draw(), draw()
 
 

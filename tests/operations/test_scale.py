@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import struct
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from cluster.fleet.messages import Assignment
 from cluster.fleet.worker import Worker
 from cluster.operations.scale import Experiment, Measured, Point, _sized, measure, rows, smoothed, time_to, together
 from cluster.operations.scale_report import page, plot
+from cluster.results import drawing
 from cluster.setup import assemble, config
 from cluster.training.policy import idle
 from learners.base import pack
@@ -90,18 +92,20 @@ def test_time_to_a_loss_is_that_of_a_mean_of_five() -> None:
 
 def point(workers: int, rate: float, scaling: str = "strong") -> Point:
     curve = [(float(i) / rate, 1.0 / (i + 1)) for i in range(10)]
-    return Point(scaling, "sync", workers, 8, 3.0, Measured(10 / rate, rate, 0.8, 0.1, 0.1, curve), 1.1 * rate, 1 / 1.1)  # type: ignore[arg-type]
+    measured = Measured(10 / rate, rate, 0.8, 0.1, 0.1, curve)
+    return Point(scaling, "sync", workers, 8, 3.0, measured, 1.1 * rate, 1 / 1.1)  # type: ignore[arg-type]
 
 
-def test_efficiency_is_throughput_per_worker_over_the_smallest_fleets() -> None:
+def test_efficiency_is_throughput_per_worker_over_the_smallest_fleets(tmp_path: Path) -> None:
     one, two, weak = rows([point(1, 10.0), point(2, 16.0), point(4, 5.0, "weak")])
     assert (one["efficiency"], two["efficiency"], weak["efficiency"]) == pytest.approx((1.0, 0.8, 1.0))
     assert two["speedup"] == pytest.approx(1.6)
     assert one["time_to_target_s"] / two["time_to_target_s"] == pytest.approx(1.6)
     text = page([one, two, weak], Experiment(), {"run": "sinusoid", "seed": 0})
     assert "| strong | sync | 2 | 8 | 3 | 16 | 80% | 91% | 80% | 10% | 10% |" in text
-    width, height = plot([point(1, 10.0), point(2, 16.0)]).get_size_inches()
-    assert width > height > 5
+    picture = drawing.save(plot([point(1, 10.0), point(2, 16.0)]), tmp_path / "scale.png").read_bytes()
+    width, height = struct.unpack(">II", picture[16:24])
+    assert width > 800 < height * 2
 
 
 def test_weak_scaling_grows_the_meta_batch_and_a_policy_keeps_its_settings() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ from learners.base import (
 from learners.objectives.robustness import Robustness
 from learners.objectives.robustness import verb as robust
 from learners.objectives.supervised import Supervised
+
+
+@runtime_checkable
+class DrawsToo(Protocol):
+    """An objective that draws for a task in training, after the learner."""
+
+    def draw(self, data: Arrays, rng: np.random.Generator) -> Arrays:
+        """`data` with all randomness that the objective will need. Raises ValueError for data that do not fit."""
 
 
 class RecordingObjective(Records, Objective, Protocol):
@@ -55,7 +63,8 @@ def common_verbs(
         return Share({}, _one(at), {k: torch.stack([m[k] for m in curve]) for k in curve[0]})
 
     def draw(data: Arrays, rng: np.random.Generator) -> Arrays:
-        return learner.draw(data, rng, training_steps(learner))
+        data = learner.draw(data, rng, training_steps(learner))
+        return objective.draw(data, rng) if isinstance(objective, DrawsToo) else data
 
     def draw_test(data: Arrays, rng: np.random.Generator) -> Arrays:
         return tester.draw(data, rng, evaluation_steps)

@@ -16,7 +16,7 @@ from learners.base import GROUP
 log = logging.getLogger("metafleet")
 
 
-HIGHER_IS_BETTER = ("accuracy", "return")
+HIGHER_IS_BETTER = ("accuracy", "f1", "return", "score")
 
 
 @dataclass(frozen=True)

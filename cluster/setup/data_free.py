@@ -58,6 +58,6 @@ def assembled(run: Run, task: DataFree, network: Functional) -> tuple[Objective,
         raise ValueError(f"execution={run.execution!r}: teachers differ from each other, so that tasks run in a loop")
     objective = DataFreeObjective(
         network, "cross_entropy", run.objective.norm, run.objective.scale, run.evaluation.norms, run.objective.momentum,
-        pool.teachers, task.per_class, pool.shape,
+        teachers=pool.teachers, per_class=task.per_class, shape=pool.shape,
     )  # fmt: skip
     return objective, teachers.beginning(pool, run.model, network.params(), run.outer.start)

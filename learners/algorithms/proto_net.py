@@ -50,7 +50,7 @@ class ProtoNet(InnerLoop):
 
 
 def _adapted(meta: Meta, objective: Objective, data: Data) -> Params:
-    if not isinstance(objective, Supervised) or objective.loss != "cross_entropy":
+    if not isinstance(objective, Supervised) or not objective.classifies:
         raise ValueError("prototypes are of classes: a classification task wanted")
     z = objective.model.features(meta.slots | meta.params, data["support_x"], objective.own())
     labels = torch.arange(meta.params["head.bias"].shape[0], device=z.device)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -49,7 +50,7 @@ class Execution:
     def _batch(self, task: VerbFunction, at: Params, operand: Params, data: Data) -> Stacked:
         batched = _over_tasks(task)
         if self.mode == "vmap":
-            with transforms():
+            with transforms(), _explained():
                 return batched(at, operand, data)
         key = (task, *((k, v.shape, v.dtype) for part in (at, operand, data) for k, v in part.items()))
         if key not in self._compiled:
@@ -76,11 +77,26 @@ def _over_tasks(task: VerbFunction) -> Callable[[Params, Params, Data], Stacked]
     return batched
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Torch's words for what its transforms do not take, in one sentence with the way out."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if not any(word in said for word in ("vmap", "functorch", "torch.func", "batching rule", "being transformed")):
+            raise
+        raise ValueError(
+            f"the model does not run under torch.vmap ({said.split('. ')[0].rstrip('.')}): execution = 'loop' wanted, "
+            "which takes tasks one by one"
+        ) from error
+
+
 def _compile(
     batched: Callable[..., Stacked], backend: str, at: Params, operand: Params, data: Data
 ) -> Callable[..., Stacked]:
     # Traced by us into one flat graph, derivatives included, so that the compiler sees neither Python nor autograd.
-    with transforms():
+    with transforms(), _explained():
         graph = make_fx(batched)(at, operand, data)
     return torch.compile(graph, backend=backend, fullgraph=True, dynamic=False)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from learners.base import Params
 
@@ -64,3 +66,20 @@ def under(prefix: str, a: Params) -> Params:
     """The entries of a that stand under `prefix/`, without it: the inverse of `with_prefix`."""
     start = len(prefix) + 1
     return {k[start:]: v for k, v in a.items() if k.startswith(f"{prefix}/")}
+
+
+def mapped(function: Callable[[Tensor], Any], nested: Any) -> Any:
+    """function of every tensor in dictionaries, tuples and lists; the rest as it is."""
+    return pytree.tree_map_only(Tensor, function, nested)
+
+
+def leaves(nested: Any) -> list[Tensor]:
+    """Every tensor in dictionaries, tuples and lists."""
+    return [v for v in pytree.tree_leaves(nested) if isinstance(v, Tensor)]
+
+
+def joined(parts: list[Any]) -> Any:
+    """Equal structures of tensors, concatenated along the first axis."""
+    flat = [pytree.tree_flatten(part) for part in parts]
+    columns = zip(*(values for values, _ in flat), strict=True)
+    return pytree.tree_unflatten([torch.cat(column) for column in columns], flat[0][1])

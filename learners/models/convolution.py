@@ -8,6 +8,7 @@ is the same function and takes another path. `make convolutions` looks for more 
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import torch
@@ -59,14 +60,14 @@ class SafeCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(layer: nn.Module, kind: type[nn.Module], names: Set[str] = frozenset(("weight", "bias"))) -> bool:
     """Whether `layer` is just a `kind`: nothing hangs on it that a layer in its place would lose.
 
-    Hooks, parametrisations and what is registered besides weight and bias (`weight_orig` of the older
+    Hooks, parametrisations and what is registered besides `names` (`weight_orig` of the older
     reparametrisations).
     """
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is kind and not any(hooks) and {*layer._parameters, *layer._buffers} <= {"weight", "bias"}
+    return type(layer) is kind and not any(hooks) and {*layer._parameters, *layer._buffers} <= names
 
 
 class PatchConv(nn.Module):

@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from learners.base import Params
 from learners.engine.derivative import transformed
 from learners.engine.memory import channels_last
-from learners.models.convolution import PatchConv, PointwiseConv, SafeCalls
+from learners.engine.tree import leaves, mapped
+from learners.models.draws import Drawing, Draws, Still
 from learners.models.normalisation import BATCH, BatchNorm, Normalising, Statistics, normalising
+from learners.models.specialise import specialise
+from learners.models.trial import Findings, called, differentiable_attention, tried
 
 log = logging.getLogger("metafleet")
 
-T = TypeVar("T")
+Inputs: TypeAlias = "Tensor | dict[str, Tensor]"
+"""What a module is called with: one tensor, or keyword arguments."""
 
-_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
-_STATEFUL = (nn.RNNBase, nn.modules.lazy.LazyModuleMixin)
+_REFUSED = (nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 _OBSERVED = ("running_mean", "running_var")
 
 
 class Functional:
     """A module as a pure function: `model(params, x)`.
 
-    `params` holds every parameter by name, as `params()` gives them, and may hold `running()`, the running statistics
-    of BatchNorm layers, which otherwise are the module's own.
+    `params` holds every trainable parameter by name, as `params()` gives them, and may hold `running()`, the running
+    statistics of BatchNorm layers, which otherwise are the module's own. Parameters with `requires_grad = False` and
+    all other buffers are constants of the function.
     """
 
-    def __init__(self, module: nn.Module, *, tried: bool = False) -> None:
-        """`tried`: whether the module has run under `SafeCalls` before; else its first call does."""
-        self.module, self._tried = module, tried
-        self._norms = {name: m for name, m in module.named_modules() if isinstance(m, BatchNorm)}
-        self._required = {name for name, _ in module.named_parameters()}
-        self._names = self._required | {name for name, _ in module.named_buffers()}
+    def __init__(
+        self, module: nn.Module, *, last: bool = False, quiet: bool = False, findings: Findings | None = None
+    ) -> None:
+        """`last`: whether it keeps images in channels-last memory; `quiet`: whether it never draws; `findings`: what a
+        dry run has shown, where there was one; else there is one at its first call.
+        """
+        self.module, self.channels_last, self._quiet, self._findings = module, last, quiet, findings
+        self._norms = {name: m for name, m in module.named_modules() if isinstance(m, BatchNorm) and not m.constant}
+        self._required = {name for name, p in module.named_parameters() if p.requires_grad}
+        self._slots = _slots(module)
+        self._still: Functional | None = None
+        self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
     def params(self) -> Params:
-        """Copies of the module's parameters: the initial θ."""
-        return {k: v.detach().clone() for k, v in self.module.named_parameters()}
+        """Copies of the module's trainable parameters: the initial θ."""
+        return {k: v.detach().clone() for k, v in self.module.named_parameters() if v.requires_grad}
 
     def running(self) -> Params:
         """Copies of running means and variances, by name."""
@@ -51,57 +61,88 @@ class Functional:
             f"{name}.{key}": norm.get_buffer(key).clone() for name, norm in self._norms.items() for key in _OBSERVED
         }
 
+    def constants(self) -> Params:
+        """Parameters that are not trained, and buffers other than `running()`, by name."""
+        running = {f"{name}.{key}" for name in self._norms for key in _OBSERVED}
+        frozen = {k: v.detach() for k, v in self.module.named_parameters() if not v.requires_grad}
+        return frozen | {k: v for k, v in self.module.named_buffers() if k not in running}
+
+    def summary(self) -> str:
+        """Number, bytes and hash of the constants; "" where there are none."""
+        constants, seen = self.constants(), hashlib.blake2b(digest_size=8)
+        if not constants:
+            return ""
+        for name, value in constants.items():
+            seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            seen.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        size = sum(v.nbytes for v in constants.values())
+        return f"{len(constants)} constants of {size} bytes ({seen.hexdigest()})"
+
     @property
     def normalises(self) -> bool:
         """Whether a BatchNorm layer makes examples of a batch depend on each other."""
         return bool(self._norms)
 
+    @property
+    def draws(self) -> bool:
+        """Whether it may draw random numbers in training; as long as there was no dry run, it may."""
+        return not self._quiet and (self._findings is None or self._findings.draws)
+
     def to(self, device: str) -> Functional:
         """The same function on another device."""
-        return Functional(copy.deepcopy(self.module).to(device), tried=self._tried)
+        module = _twin(self.module)
+        if any(v.device != torch.device(device) for v in [*module.parameters(), *module.buffers()]):
+            module = copied(self.module).to(device)
+        return Functional(module, last=self.channels_last, quiet=self._quiet, findings=self._findings)
 
-    def __call__(self, params: Params, x: Tensor, statistics: Statistics = BATCH) -> Tensor:
-        """Outputs [n, …] for inputs [n, …] at `params`; entries that are not the module's are ignored.
+    def __call__(self, params: Params, x: Inputs, statistics: Statistics = BATCH, *, draws: Draws | None = None,
+                 real: Tensor | None = None) -> Any:  # fmt: skip
+        """Outputs for inputs [n, …], or a dictionary of keyword arguments, at `params`; entries of `params` that are
+        not the module's are ignored. `draws`: what dropout and its kind take their random numbers from; without them
+        the module is in evaluation mode. `real`: see `Normalising`.
 
-        Raises ValueError where a parameter is missing, and at the first call where a convolution is not safe
-        (`SafeCalls`).
+        Raises ValueError where a parameter is missing, and at the first call for a module that is no function, or not
+        a safe one (`trial.tried`).
         """
-        return self._called(params, x, Normalising(statistics))
+        return self._called(params, x, Normalising(statistics, real=real), draws)
 
-    def observe(self, params: Params, x: Tensor, statistics: Statistics) -> Params:
+    def observe(self, params: Params, x: Inputs, statistics: Statistics) -> Params:
         """Mean and biased variance of what reaches each BatchNorm layer, under the names of `running()`."""
         return self.inspect(params, x, statistics)[1]
 
-    def inspect(self, params: Params, x: Tensor, statistics: Statistics) -> tuple[Tensor, Params]:
+    def inspect(self, params: Params, x: Inputs, statistics: Statistics) -> tuple[Any, Params]:
         """Outputs, and what `observe` gives, of one forward pass; both can be differentiated."""
         how = Normalising(statistics, seen={})
-        y, seen = self._called(params, x, how), how.seen or {}
+        y, seen = self._called(params, x, how, None), how.seen or {}
         moments = {name: seen[norm] for name, norm in self._norms.items() if norm in seen}
         return y, {f"{name}.{key}": v for name, pair in moments.items() for key, v in zip(_OBSERVED, pair, strict=True)}
 
-    def features(self, params: Params, x: Tensor, statistics: Statistics = BATCH) -> Tensor:
+    def features(self, params: Params, x: Inputs, statistics: Statistics = BATCH, *, draws: Draws | None = None,
+                 real: Tensor | None = None) -> Tensor:  # fmt: skip
         """What reaches the layer named `head`, [n, d]. Raises ValueError for a module without one, or whose head is not
         linear.
         """
-        head = dict(self.module.named_modules()).get("head")
+        self.try_out(x)  # not with the hook
+        head = dict(self._flavour(draws).module.named_modules()).get("head")
         if not isinstance(head, nn.Linear):
             raise ValueError(
                 f"features are what reaches a linear layer named head; {type(self.module).__name__} has none"
             )
-        self.try_out(x)  # not with the hook
         seen: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            self(params, x, statistics)
+            self(params, x, statistics, draws=draws, real=real)
         finally:
             hook.remove()
         return seen[0]
 
-    def widest(self, x: Tensor) -> int:
+    def widest(self, x: Inputs) -> int:
         """Bytes of the largest intermediate result for inputs x."""
-        sizes = [x.nbytes]
-        leaves = [m for m in self.module.modules() if not list(m.children())]
-        hooks = [m.register_forward_hook(lambda _m, _i, out: sizes.append(out.nbytes)) for m in leaves]
+        sizes = [v.nbytes for v in leaves(x)]
+        inner = [m for m in self._flavour(None).module.modules() if not list(m.children())]
+        hooks = [
+            m.register_forward_hook(lambda _m, _i, out: sizes.extend(v.nbytes for v in leaves(out))) for m in inner
+        ]
         try:
             with torch.no_grad():
                 self(self.params(), x)
@@ -110,98 +151,165 @@ class Functional:
                 hook.remove()
         return max(sizes)
 
-    def try_out(self, x: Tensor) -> None:
-        """Run once on inputs like x. Raises ValueError for a convolution whose gradient would leave its memory."""
+    def try_out(self, x: Inputs) -> None:
+        """Run on inputs like x, unless it has been; raises ValueError as `trial.tried` does."""
+        if self._findings is None:
+            self._findings = tried(self.module, x, quiet=self._quiet)
+            if self._findings.draws:
+                tried(self._flavour(None).module, x, quiet=True)
 
-        def run() -> None:
-            like = next(self.module.parameters(), x)
-            dtype = like.dtype if x.is_floating_point() else x.dtype
-            with torch.no_grad(), SafeCalls():  # type: ignore[no-untyped-call]
-                self.module(torch.zeros(x.shape, dtype=dtype, device=like.device))
-
-        if not self._tried:
-            _apart(run)
-            self._tried = True
-
-    def _called(self, params: Params, x: Tensor, how: Normalising) -> Tensor:
+    def _called(self, params: Params, x: Inputs, how: Normalising, draws: Draws | None) -> Any:
         if not self._required <= params.keys():
             raise ValueError(
                 f"the model's parameter {min(self._required - params.keys())!r} is missing among {', '.join(params)}"
             )
+        self._fit(params)
         self.try_out(x)
-        mine = {k: v for k, v in params.items() if k in self._names}
-        with normalising(how):
-            y: Tensor = functional_call(self.module, mine, (x if transformed() else channels_last(x),))
-        return y
+        assert self._findings
+        flavour = self._flavour(draws)
+        if self.channels_last and not transformed():
+            x = mapped(channels_last, x)
+        with ExitStack() as stack:
+            stack.enter_context(normalising(how))
+            if self._findings.attends:
+                stack.enter_context(differentiable_attention())
+            if self._findings.draws:
+                stack.enter_context(Drawing(draws) if draws is not None else Still())
+            stack.enter_context(flavour._swapped(params))
+            return called(flavour.module, x)
+
+    def _flavour(self, draws: Draws | None) -> Functional:
+        """This function in training; or in evaluation mode, where it draws otherwise and `draws` are not given."""
+        if draws is not None or not self.draws:
+            return self
+        if self._still is None:
+            self._still = Functional(_twin(self.module).eval(), last=self.channels_last, quiet=True)
+        return self._still
+
+    @contextmanager
+    def _swapped(self, params: Params) -> Iterator[None]:
+        """Inside, every place of the module that holds a parameter or buffer named in `params` holds that tensor."""
+        before = [(place, key, place[key]) for place, key, name in self._slots if name in params]
+        try:
+            for place, key, name in self._slots:
+                if name in params:
+                    value = params[name]
+                    place[key] = value if self.channels_last or value.ndim != 4 else value.contiguous()
+            yield
+        finally:
+            for place, key, value in before:
+                place[key] = value
+
+    def _fit(self, params: Params) -> None:
+        """Constants take the dtype of θ."""
+        dtype = next((v.dtype for k, v in params.items() if k in self._required and v.is_floating_point()), self._dtype)
+        if dtype is not None and dtype != self._dtype:
+            self.module._apply(lambda v: v.to(dtype) if v.is_floating_point() else v)  # type: ignore[no-untyped-call]
+            self._dtype, self._still = dtype, None
 
 
-def _apart(run: Callable[[], T]) -> T:
-    """`run()` in a thread of its own, which neither vmap's levels nor a tracer's modes reach."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
+def functional(
+    module: nn.Module, example: Inputs | None = None, *, dropout: Literal["task", "off"] = "task"
+) -> Functional:
+    """`module` as a pure function of its trainable parameters; the module itself is left as it is.
 
+    Parameters with `requires_grad = False` are constants: they neither adapt nor train. Layers keep the mode they are
+    in: BatchNorm in evaluation mode normalises by its running statistics, a constant too; in training mode by what the
+    call says. It is replaced by ours (the log says so): torch's own gives silently wrong second-order gradients under
+    some nestings of transforms, and knows no modes. A module whose weights are in channels-last memory
+    (`module.to(memory_format=torch.channels_last)`) is kept there, which on a CPU is faster; another keeps torch's
+    layout.
 
-def functional(module: nn.Module, example: Tensor | None = None) -> Functional:
-    """`module` as a pure function of its parameters; the module itself is left as it is.
+    dropout: "task" — masks, and whatever else the module draws in training mode, are a function of the task and the
+    inner step, the same on any fleet, and off in evaluation (`learners.models.draws`);  "off" — never.
 
-    BatchNorm layers are replaced by ours, which says so in the log: torch's own gives silently wrong second-order
-    gradients under some nestings of transforms, and knows no modes. Raises ValueError for layers that draw random
-    numbers or keep other state between calls, since an inner loop must be a function of its arguments; and for
-    convolutions inside a `forward` that torch computes out of bounds. The latter show when the module runs: here, where
-    an `example` of its inputs [n, …] is given, else at its first call.
+    Raises ValueError for a module that draws otherwise or keeps state between calls, since an inner loop must be a
+    function of its arguments; and for convolutions inside a `forward` that torch computes out of bounds. These show
+    when the module runs: here, where an `example` of its inputs [n, …] (or keyword arguments) is given, else at its
+    first call.
     """
-    module, replaced = specialise(copy.deepcopy(module).train())
-    for name, layer in module.named_modules():
-        if isinstance(layer, _RANDOM) or (isinstance(layer, nn.MultiheadAttention) and layer.dropout):
-            raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its mask in the "
-                "task's data"
-            )
-        tracks = isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats
-        if tracks or isinstance(layer, _STATEFUL) or "SpectralNorm" in type(layer).__name__:
-            raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) keeps state between calls; an adapted model must be a "
-                "function of its parameters"
-            )
+    if dropout not in ("task", "off"):
+        raise ValueError(f"dropout={dropout!r}: 'task' or 'off' wanted")
+    module = copied(module)
+    _check(module)
+    last = any(_is_channels_last(p) for p in module.parameters())
+    module, replaced = specialise(module, last)
     if replaced:
         log.warning(
             "functional: replaced BatchNorm layers %s by metafleet's (same parameters, explicit modes)",
             ", ".join(replaced),
         )
-    model = Functional(module)
+    _tell(module)
+    quiet = dropout == "off"
+    model = Functional(module.eval() if quiet else module, last=last, quiet=quiet)
     if example is not None:
         model.try_out(example)
     return model
 
 
-def specialise(module: nn.Module) -> tuple[nn.Module, list[str]]:
-    """`module` with layers swapped in place for equal ones that are faster or safe, and the names of the BatchNorm
-    layers among them.
-
-    Parameters keep their names and values, and a layer that stands in two places stays one.
-    """
-    swapped: dict[nn.Module, nn.Module] = {}
-    replaced = []
-
-    def instead(layer: nn.Module, name: str) -> nn.Module:
-        if layer not in swapped:
-            swapped[layer] = _equal(layer)
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                replaced.append(name)
-        return swapped[layer]
-
-    for name, parent in list(module.named_modules()):
-        for key, layer in list(parent._modules.items()):
-            if layer is not None:
-                setattr(parent, key, instead(layer, f"{name}.{key}".lstrip(".")))
-    return instead(module, "itself"), replaced
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy; what hooks compute anew at each call (older reparametrisations' weights) is copied as a constant."""
+    computed = [
+        v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None
+    ]
+    return copy.deepcopy(module, {id(v): v.detach().clone() for v in computed})
 
 
-def _equal(layer: nn.Module) -> nn.Module:
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        return BatchNorm.replacing(layer)
-    if PointwiseConv.suits(layer):
-        return PointwiseConv(layer)  # type: ignore[arg-type]
-    if PatchConv.suits(layer):
-        return PatchConv(layer)  # type: ignore[arg-type]
-    return layer
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy with modes of its own, whose parameters, buffers and BatchNorm layers are the very same."""
+    shared = [*module.parameters(), *module.buffers(), *(m for m in module.modules() if isinstance(m, BatchNorm))]
+    return copy.deepcopy(module, {id(v): v for v in shared})
+
+
+def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    """(place, key, name) of everything registered: a tensor that stands in several places has one name."""
+    names: dict[int, str] = {}
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        names.setdefault(id(value), name)
+    return [
+        (place, key, names[id(value)])
+        for m in module.modules()
+        for place in (m._parameters, m._buffers)
+        for key, value in place.items()
+        if value is not None
+    ]
+
+
+def _check(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if "/" in name:
+            raise ValueError(f"layer {name!r}: a name without '/' wanted, which separates what learners add to θ")
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in layer._parameters.values()):
+            raise ValueError(f"layer {name!r} ({type(layer).__name__}) has no shapes yet: run the module once before")
+        if isinstance(layer, _REFUSED):
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its samples in the "
+                "task's data"
+            )
+        tracks = isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats
+        if layer.training and (tracks or "SpectralNorm" in type(layer).__name__):
+            raise ValueError(
+                f"layer {name!r} ({type(layer).__name__}) keeps state between calls; an adapted model must be a "
+                "function of its parameters (in evaluation mode, `.eval()`, it is one)"
+            )
+    if not any(p.requires_grad for p in module.parameters()) and next(module.parameters(), None) is not None:
+        raise ValueError(f"no parameter of {type(module).__name__} has requires_grad: there is nothing to learn")
+
+
+def _tell(module: nn.Module) -> None:
+    fixed = [name for name, m in module.named_modules() if isinstance(m, BatchNorm) and m.constant]
+    if fixed:
+        log.warning(
+            "functional: BatchNorm layers %s are in evaluation mode: their running statistics are constants",
+            ", ".join(fixed),
+        )
+    frozen = [v for v in module.parameters() if not v.requires_grad]
+    if frozen:
+        log.info(
+            "functional: %d parameters do not require gradients: constants of %d bytes",
+            len(frozen), sum(v.nbytes for v in frozen),
+        )  # fmt: skip
+
+
+def _is_channels_last(p: Tensor) -> bool:
+    return p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()

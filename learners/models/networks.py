@@ -150,7 +150,7 @@ class Conv4:
                     nn.init.xavier_uniform_(p)
             nn.init.normal_(head.weight)
             nn.init.zeros_(head.bias)
-        return model
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def _block(self, channels: int) -> nn.Module:
         stride = 2 if self.halving == "stride" else 1

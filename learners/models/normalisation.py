@@ -15,9 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from learners.engine.derivative import transformed
+
 
 class _Normalise(torch.autograd.Function):
-    """y = (x − mean x) / √(var x + ε) · w + b over rows;  x [rows, channels], w and b [channels]."""
+    """y = (x − mean x) / √(var x + ε) · w + b per channel;  x [rows, channels] or [n, channels, L]; w, b [channels]."""
 
     generate_vmap_rule = True
 
@@ -41,24 +43,25 @@ class _Normalise(torch.autograd.Function):
         # To be differentiated again: the same formula in differentiable pieces, statistics recomputed from x.
         centred, var = _centred(x)
         scale = (var + ctx.eps).rsqrt()
-        hat = centred * scale
-        gb, gw = gy.sum(0), (gy * hat).sum(0)
-        gx = (w * scale) * (gy - (gb + hat * gw) / x.shape[0])
+        hat = centred * _along(scale, x)
+        over = _axes(x)
+        gb, gw = gy.sum(over), (gy * hat).sum(over)
+        gx = _along(w * scale, x) * (gy - (_along(gb, x) + hat * _along(gw, x)) / (x.numel() // x.shape[1]))
         return gx, gw, gb, None
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and biased variance over rows of x [rows, channels], in few passes over memory (torch's `var_mean` is twenty
-    times slower).
+    """Mean and biased variance per channel of x [rows, channels] or [n, channels, L], in few passes over memory
+    (torch's `var_mean` over rows is twenty times slower).
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        mean = x.mean(0)
-        centred = x - mean
-        return mean, centred.mul_(centred).mean(0)
+        mean = x.mean(_axes(x))
+        centred = x - _along(mean, x)
+        return mean, centred.mul_(centred).mean(_axes(x))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -67,8 +70,9 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_mean: Tensor, g_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        slope = 2 * g_var / x.shape[0]
-        return torch.addcmul(g_mean / x.shape[0] - mean * slope, x, slope)
+        rows = x.numel() // x.shape[1]
+        slope = 2 * g_var / rows
+        return torch.addcmul(_along(g_mean / rows - mean * slope, x), x, _along(slope, x))
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,12 +82,29 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _affine(x: Tensor, mean: Tensor, var: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
     """(x − mean)/√(var + ε) · w + b per channel, in one pass over x."""
     scale = w * (var + eps).rsqrt()
-    return torch.addcmul(b - mean * scale, x, scale)
+    return torch.addcmul(_along(b - mean * scale, x), x, _along(scale, x))
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    centred = x - x.mean(-2, keepdim=True)
-    return centred, (centred * centred).mean(-2)
+    centred = x - _along(x.mean(_axes(x)), x)
+    return centred, (centred * centred).mean(_axes(x))
+
+
+def _weighted(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of the examples whose weight [n] is 1, among others whose weight is 0;  x [n, channels, L]."""
+    weight = weight.to(x.dtype)[:, None, None]
+    total = weight.sum() * x.shape[2]
+    mean = (x * weight).sum((0, 2)) / total
+    return mean, ((x - mean[:, None]).square() * weight).sum((0, 2)) / total
+
+
+def _axes(x: Tensor) -> list[int]:
+    return [0] if x.ndim == 2 else [0, 2]
+
+
+def _along(channels: Tensor, x: Tensor) -> Tensor:
+    """[channels] as it broadcasts over x."""
+    return channels if x.ndim == 2 else channels[:, None]
 
 
 @dataclass(frozen=True)
@@ -111,6 +132,8 @@ class Normalising:
     statistics: Statistics = BATCH
     seen: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
     """Where asked for: mean and biased variance of what reached each layer."""
+    real: Tensor | None = None
+    """Of a padded batch: 1 for examples that are there, 0 for padding [n]; statistics leave the latter out."""
 
 
 _NORMALISING: ContextVar[Normalising | None] = ContextVar("_NORMALISING", default=None)
@@ -135,7 +158,8 @@ class BatchNorm(nn.Module):
 
     y = (x − μ)/√(σ² + ε) · weight + bias with the biased variance; μ and σ² from the rows that the call's `Statistics`
     name (`normalising`). `running_mean` and `running_var` are read only when frozen and never written: whoever wants a
-    batch's own statistics asks the call for what it has seen.
+    batch's own statistics asks the call for what it has seen. Raises ValueError where a batch has one value per
+    channel, whose normalised value would be the bias whatever it is.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, *, scale: bool = True, shift: bool = True) -> None:
@@ -145,36 +169,77 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if shift else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self.channels_last = True
+        """Whether images come, and leave, in channels-last memory; else in the memory format they come in."""
+        self.constant = False
+        """Whether the running statistics are constants, that every call normalises by."""
 
     @classmethod
     def replacing(cls, native: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
-        """Ours with the parameters and running statistics of torch's."""
+        """Ours with the parameters and running statistics of torch's; constants where it is in evaluation mode."""
         ours = cls(native.num_features, native.eps, scale=native.affine, shift=native.affine)
-        state = {k: v for k, v in native.state_dict().items() if k != "num_batches_tracked"}
-        for like in state.values():
-            ours = ours.to(like)
-        ours.load_state_dict(state, strict=False)
+        for key in ("weight", "bias"):
+            if native.affine:  # the very parameters: they may be tied to others, or frozen
+                setattr(ours, key, getattr(native, key))
+        for key in ("running_mean", "running_var"):
+            if native.track_running_stats:
+                ours.register_buffer(key, getattr(native, key))
+            elif native.affine:
+                ours.register_buffer(key, ours.get_buffer(key).to(native.weight))
+        ours.constant = native.track_running_stats and not native.training
         return ours
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.movedim(1, -1)
-        channels = rows.shape[-1]
-        y = self._rows(rows.reshape(-1, channels), x.shape[0])
-        return y.view(rows.shape).movedim(-1, 1)
+        if x.ndim == 2:
+            return self._normalised(x, x.shape[0])
+        last = not x.is_contiguous() and not transformed() and x.movedim(1, -1).is_contiguous()
+        if self.channels_last or last:
+            rows = x.movedim(1, -1)
+            y = self._normalised(rows.reshape(-1, rows.shape[-1]), x.shape[0])
+            return y.view(rows.shape).movedim(-1, 1)
+        return self._normalised(x.reshape(x.shape[0], x.shape[1], -1), x.shape[0]).view(x.shape)
 
-    def _rows(self, v: Tensor, examples: int) -> Tensor:
-        w = self.weight if self.weight is not None else v.new_ones(v.shape[-1])
-        b = self.bias if self.bias is not None else v.new_zeros(v.shape[-1])
+    def _normalised(self, v: Tensor, examples: int) -> Tensor:
+        """v [rows, channels], the rows of an example one after the other, or [n, channels, L]."""
+        channels = v.shape[1]
+        w = self.weight if self.weight is not None else v.new_ones(channels)
+        b = self.bias if self.bias is not None else v.new_zeros(channels)
         call = _NORMALISING.get() or Normalising()
+        how = call.statistics
+        if self.constant or how.source == "frozen":
+            if call.seen is not None:
+                call.seen[self] = _moments(v)
+            return _affine(v, self.get_buffer("running_mean"), self.get_buffer("running_var"), w, b, self.eps)
+        among = how.reference if how.source == "first" else examples // how.groups
+        if v.numel() // channels // examples * among == 1:
+            raise ValueError(
+                f"BatchNorm over {channels} channels gets one value per channel to normalise by: a larger support set "
+                "(or batch), running statistics (norm 'frozen') or another normalisation wanted"
+            )
+        if call.real is not None:
+            return self._without_padding(v, examples, call, w, b)
         if call.seen is not None:
             call.seen[self] = _moments(v)
-        how = call.statistics
-        if how.source == "frozen":
-            return _affine(v, self.get_buffer("running_mean"), self.get_buffer("running_var"), w, b, self.eps)
         if how.source == "first":
             return _affine(v, *_moments(v[: v.shape[0] // examples * how.reference]), w, b, self.eps)
         if how.groups == 1:
             y: Tensor = _Normalise.apply(v, w, b, self.eps)[0]  # type: ignore[no-untyped-call]
             return y
-        centred, var = _centred(v.view(how.groups, -1, v.shape[-1]))
-        return (centred * (w * (var + self.eps).rsqrt()).unsqueeze(1) + b).view(v.shape)
+        grouped = v.view(how.groups, -1, *v.shape[1:])
+        over = [1] if v.ndim == 2 else [1, 3]
+        centred = grouped - grouped.mean(over, keepdim=True)
+        scale = w * ((centred * centred).mean(over) + self.eps).rsqrt()  # [groups, channels]
+        channel = (v.shape[1],) if v.ndim == 2 else (v.shape[1], 1)
+        return (centred * scale.view(-1, 1, *channel) + b.view(channel)).view(v.shape)
+
+    def _without_padding(self, v: Tensor, examples: int, call: Normalising, w: Tensor, b: Tensor) -> Tensor:
+        how, real = call.statistics, call.real
+        assert real is not None
+        if how.groups > 1:
+            raise ValueError("norm 'support_plus_one' is not for padded tasks: 'support_statistics' wanted")
+        each = v.view(examples, -1, v.shape[1]).transpose(1, 2) if v.ndim == 2 else v  # [n, channels, L]
+        known = how.reference if how.source == "first" else examples
+        mean, var = _weighted(each[:known], real[:known])
+        if call.seen is not None:
+            call.seen[self] = (mean, var)
+        return _affine(v, mean, var, w, b, self.eps)

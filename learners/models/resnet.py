@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from learners.models.networks import SpatialMean
@@ -59,4 +60,4 @@ class ResNet:
                 channels = wanted
         model.add_module("features", SpatialMean())
         model.add_module("head", nn.Linear(channels, outputs))
-        return model
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

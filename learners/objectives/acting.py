@@ -54,7 +54,8 @@ class Actors:
         """The policy with weights [t, …] on x [t, k, o]."""
 
         def one(weights: Params, x: Tensor) -> Tensor:
-            return self.policy(weights, x)
+            outputs: Tensor = self.policy(weights, x)
+            return outputs
 
         key = (x.shape, x.dtype, x.device)
         if key not in self._graphs and len(self._graphs) < TRACED:

@@ -72,14 +72,16 @@ class Control:
         """Means and log standard deviations [n, 2a] on the time steps of index `step`, by default the adapted
         policy's.
         """
-        return self.policy(params, data["observations"][step])
+        outputs: Tensor = self.policy(params, data["observations"][step])
+        return outputs
 
     def measure(self, params: Params, data: Data) -> Metrics:
         return {"surrogate": self.query(params, data)}
 
     def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
         """Mean actions [n, a] on observations x [n, o]."""
-        return self.policy(params, x).chunk(2, -1)[0]
+        mean: Tensor = self.policy(params, x).chunk(2, -1)[0]
+        return mean
 
     def record(self, learner: Learner, meta: Meta, tasks: Data, steps: int, *, testing: bool = False) -> Data:
         """Live through the tasks of a shard: the stacked data that `support`, `query` and `curve` are of."""

@@ -1,26 +1,44 @@
-"""The supervised objective: model, loss, normalisation mode and loss scale."""
+"""The supervised objective: model, loss, measures, normalisation mode and loss scale."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from envs.base import Arrays
 from learners.base import Data, Metrics, Params
-from learners.models.functional import Functional
+from learners.engine import tree
+from learners.models.draws import QUERY, Draws
+from learners.models.functional import Functional, Inputs
 from learners.models.normalisation import BATCH, Statistics
+from learners.objectives.losses import LOSSES, CrossEntropy, Loss, Measure
 
 NormMode = Literal["transductive", "support_plus_one", "support_statistics", "frozen"]
 
 ROWS_AT_ONCE = 1024  # examples in one forward pass of support_plus_one: bounds memory, not results
+KEY = "draws"
+"""Name of the array that the random numbers of a task's model follow from; without it the model does not draw."""
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """Regression (mean squared error) or classification (cross-entropy) on a support and a query set.
+    """A loss on a support and a query set.
+
+    A task's arrays are `support_x` [n, …] or, for a model of several inputs, `support_x/name` for each keyword
+    argument; `support_y` (or `support_y/name`: the loss gets a dictionary); the same for the query. Optional:
+    `support_mask`, `query_mask` [n], 1 for examples that are there and 0 for padding; `class_mask` [C], 1 for classes
+    that the task has: the others' logits are −∞.
+
+    loss: a name of `objectives.losses.LOSSES`, one of its classes with keys (`CrossEntropy(label_smoothing=0.1)`), or
+    any callable (output, target) → scalar tensor, which takes (output, target, mask) where tasks are padded.
+    measures: what evaluation reports beside the loss, callables alike; None: what the loss's name stands for. The first
+    one chooses the best θ: the highest, where its name begins with accuracy, f1, return or score, else the lowest.
 
     norm: what BatchNorm's statistics are taken from when the *query* is predicted —
       transductive        the whole query batch (MAML's published numbers),
@@ -35,17 +53,22 @@ class Supervised:
     """
 
     model: Functional
-    loss: Literal["mse", "cross_entropy"]
+    loss: str | Measure
     norm: NormMode = "transductive"
     scale: Literal["mean", "sum_over_shots"] = "mean"
     report: tuple[NormMode, ...] = ()
     """Modes in which `measure` evaluates; empty: the mode of training."""
     momentum: float = 0.1
     """Rate at which frozen statistics follow those of the tasks."""
+    measures: Mapping[str, Measure] | None = None
 
     def __post_init__(self) -> None:
-        if self.scale == "sum_over_shots" and self.loss != "cross_entropy":
-            raise ValueError("scale='sum_over_shots' is a scale of the cross-entropy; regression wants scale='mean'")
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss!r} is not one of {', '.join(LOSSES)}, nor a callable (output, target)")
+        if not callable(self.criterion):
+            raise ValueError(f"loss={self.loss!r}: a name, or a callable (output, target) → scalar tensor, wanted")
+        if self.scale == "sum_over_shots" and not isinstance(self.criterion, CrossEntropy):
+            raise ValueError("scale='sum_over_shots' is a scale of the cross-entropy; another loss wants scale='mean'")
         for mode in (self.norm, *self.report):
             if mode not in get_args(NormMode):
                 raise ValueError(f"norm mode {mode!r} is not one of {', '.join(get_args(NormMode))}")
@@ -54,21 +77,51 @@ class Supervised:
                 f"norm mode 'frozen' cannot be reported: this run trains with {self.norm!r} and carries no statistics"
             )
 
+    @property
+    def criterion(self) -> Measure:
+        """The loss as a callable."""
+        if not isinstance(self.loss, str):
+            return self.loss
+        loss: Measure = LOSSES[self.loss]()
+        return loss
+
+    @property
+    def classifies(self) -> bool:
+        """Whether targets are one class each."""
+        return isinstance(self.criterion, CrossEntropy)
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the model keeps images in that memory format."""
+        return self.model.channels_last
+
+    def draw(self, data: Arrays, rng: np.random.Generator) -> Arrays:
+        """`data` with the key of the model's random numbers, where it draws any. Raises ValueError for targets that
+        are no classes where classes are wanted.
+        """
+        if self.classifies:
+            for name in ("support_y", "query_y"):
+                _check_probabilities(name, data.get(name))
+        return data | {KEY: np.asarray(rng.integers(2**62))} if self.model.draws else data
+
     def support(self, params: Params, data: Data, step: int) -> Tensor:
-        x, y = data["support_x"], data["support_y"]
+        x, y, mask = given(data, "support_x"), given(data, "support_y"), data.get("support_mask")
         if "batches" in data:
             rows = data["batches"][step]
-            x, y = x[rows], y[rows]
-        return self._loss(self.model(params, x, self.own()), y, data)
+            x, y = tree.mapped(lambda v: v[rows], (x, y))
+            mask = None if mask is None else mask[rows]
+        output = self.model(params, x, self.own(), draws=self._draws(data, step), real=mask)
+        return self._loss(output, y, data, mask)
 
     def query(self, params: Params, data: Data) -> Tensor:
-        if "query_x" not in data or "query_y" not in data:
+        if not _holds(data, "query_x") or not _holds(data, "query_y"):
             raise ValueError(f"a task with query_x and query_y is wanted here, this one has {', '.join(data)}")
-        return self.query_loss(self.predict(params, data, data["query_x"]), data)
+        output = self._predicted(params, data, given(data, "query_x"), self._draws(data, QUERY), data.get("query_mask"))
+        return self.query_loss(output, data)
 
-    def query_loss(self, output: Tensor, data: Data) -> Tensor:
+    def query_loss(self, output: Any, data: Data) -> Tensor:
         """The loss of predictions [n, …] for the query set."""
-        return self._loss(output, data["query_y"], data)
+        return self._loss(output, given(data, "query_y"), data, data.get("query_mask"))
 
     def measure(self, params: Params, data: Data) -> Metrics:
         return {name: value for view in self.views() for name, value in view._scores(params, data).items()}
@@ -79,22 +132,19 @@ class Supervised:
             return [self]
         return [replace(self, norm=mode, report=(mode,)) for mode in self.report or (self.norm,)]
 
-    def predict(self, params: Params, data: Data, x: Tensor) -> Tensor:
-        """Outputs [n, …] of the model adapted to `data`'s support, in this objective's normalisation mode."""
-        if not self.model.normalises or self.norm == "transductive":
-            return self.model(params, x, BATCH)
-        if self.norm == "frozen":
-            return self.model(params, x, Statistics("frozen"))
-        context = data["support_x"]
-        if self.norm == "support_statistics":
-            both = torch.cat([context, x])
-            return self.model(params, both, Statistics("first", reference=len(context)))[len(context) :]
-        return torch.cat(
-            [
-                self._one_by_one(params, context, part)
-                for part in torch.split(x, max(1, ROWS_AT_ONCE // (len(context) + 1)))
-            ]
-        )
+    def predict(self, params: Params, data: Data, x: Inputs) -> Any:
+        """Outputs [n, …] of the model adapted to `data`'s support, in this objective's normalisation mode; the model in
+        evaluation mode.
+        """
+        return self._predicted(params, data, x, None, None)
+
+    def features(self, params: Params, data: Data, part: str = "support") -> Tensor:
+        """What reaches the model's head for the support set, normalised by itself; or for the query set, by the support
+        where the mode says so.
+        """
+        draws = self._draws(data, QUERY if part == "query" else 0)
+        x = given(data, f"{part}_x")
+        return self.model.features(params, x, self.own(), draws=draws, real=data.get(f"{part}_mask"))
 
     def own(self) -> Statistics:
         """What a support set is normalised by."""
@@ -107,7 +157,7 @@ class Supervised:
         if self.norm != "frozen":
             return {}
         with torch.no_grad():
-            seen = self.model.observe(params, data["support_x"], Statistics("frozen"))
+            seen = self.model.observe(params, given(data, "support_x"), Statistics("frozen"))
         return {k: torch.lerp(params[k], v, self.momentum).detach() for k, v in seen.items()}
 
     def to(self, device: str) -> Supervised:
@@ -115,32 +165,138 @@ class Supervised:
         return replace(self, model=self.model.to(device))
 
     def summary(self) -> str:
-        """Loss, and the normalisation mode where there is one."""
+        """Loss and measures, the normalisation mode where there is one, and the model's constants."""
         norm = f", norm {self.norm}" if self.model.normalises else ""
-        return f"{self.loss} ({self.scale}){norm}"
+        extra = (
+            ""
+            if self.measures is None
+            else f", measures {', '.join(f'{k} {_called(v)}' for k, v in self.measures.items())}"
+        )
+        constants = self.model.summary()
+        return f"{_called(self.loss)} ({self.scale}){extra}{norm}" + (f", {constants}" if constants else "")
 
-    def _one_by_one(self, params: Params, context: Tensor, x: Tensor) -> Tensor:
-        n, size = len(x), len(context) + 1
-        groups = torch.cat([context.expand(n, *context.shape), x.unsqueeze(1)], 1)  # [n, |S|+1, …]
-        y = self.model(params, groups.flatten(0, 1), Statistics(groups=n))
-        return y.view(n, size, *y.shape[1:])[:, -1]
+    def _draws(self, data: Data, step: int) -> Draws | None:
+        return Draws(data[KEY], step) if KEY in data else None
 
-    def _loss(self, output: Tensor, target: Tensor, data: Data) -> Tensor:
-        if self.loss == "mse":
-            if output.shape != target.shape:  # torch would broadcast, and learn nonsense
-                raise ValueError(
-                    f"targets of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}"
-                )
-            return F.mse_loss(output, target)
-        if self.scale == "mean":
-            return F.cross_entropy(output, target)
-        shots = len(data["support_x"]) / output.shape[-1]
-        return F.cross_entropy(output, target, reduction="sum") / shots
+    def _predicted(self, params: Params, data: Data, x: Inputs, draws: Draws | None, real: Tensor | None) -> Any:
+        if not self.model.normalises or self.norm == "transductive":
+            return self.model(params, x, BATCH, draws=draws, real=real)
+        if self.norm == "frozen":
+            return self.model(params, x, Statistics("frozen"), draws=draws)
+        context = given(data, "support_x")
+        size = len(tree.leaves(context)[0])
+        if self.norm == "support_statistics":
+            both = _joined(context, x)
+            known = data.get("support_mask")
+            if known is not None:
+                known = torch.cat([known, known.new_ones(len(tree.leaves(x)[0]))])
+            y = self.model(params, both, Statistics("first", reference=size), draws=draws, real=known)
+            return tree.mapped(lambda v: v[size:], y)
+        count, at_once = len(tree.leaves(x)[0]), max(1, ROWS_AT_ONCE // (size + 1))
+        parts = [
+            self._one_by_one(params, context, _rows(x, i, i + at_once), draws, real) for i in range(0, count, at_once)
+        ]
+        return tree.joined(parts)
+
+    def _one_by_one(self, params: Params, context: Inputs, x: Inputs, draws: Draws | None, real: Tensor | None) -> Any:
+        n, size = len(tree.leaves(x)[0]), len(tree.leaves(context)[0]) + 1
+        groups = _joined(
+            tree.mapped(lambda v: v.expand(n, *v.shape), context), tree.mapped(lambda v: v.unsqueeze(1), x), 1
+        )  # [n, |S|+1, …]
+        flat = tree.mapped(lambda v: v.flatten(0, 1), groups)
+        y = self.model(params, flat, Statistics(groups=n), draws=draws, real=real)
+        return tree.mapped(lambda v: v.view(n, size, *v.shape[1:])[:, -1], y)
+
+    def _loss(self, output: Any, target: Any, data: Data, mask: Tensor | None) -> Tensor:
+        output, criterion = _of_classes(output, data), self.criterion
+        if self.scale == "sum_over_shots" and isinstance(criterion, CrossEntropy):
+            return criterion.summed(output, target, len(tree.leaves(given(data, "support_x"))[0]), mask)
+        return _scalar(criterion, output, target, mask, "loss")
 
     def _scores(self, params: Params, data: Data) -> Metrics:
-        output, target = self.predict(params, data, data["query_x"]), data["query_y"]
+        x, target, mask = given(data, "query_x"), given(data, "query_y"), data.get("query_mask")
+        output = _of_classes(self._predicted(params, data, x, None, mask), data)
         mode = f"_{self.norm}" if self.model.normalises else ""
-        if self.loss == "mse":
-            return {f"mse{mode}": F.mse_loss(output, target)}
-        right = (output.argmax(-1) == target).to(output.dtype)
-        return {f"accuracy{mode}": right.mean(), f"loss{mode}": F.cross_entropy(output, target)}
+        criterion = self.criterion
+        measures: Mapping[str, Measure] = criterion.measures() if isinstance(criterion, Loss) else {"loss": criterion}
+        if self.measures is not None:
+            measures = {**self.measures, "loss": criterion}
+        return {f"{name}{mode}": _scalar(m, output, target, mask, name) for name, m in measures.items()}
+
+
+def given(data: Data, name: str) -> Any:
+    """An array of a task, or a dictionary of those under `name/`. Raises ValueError where there is neither."""
+    if name in data:
+        return data[name]
+    parts = tree.under(name, data)
+    if not parts:
+        raise ValueError(f"a task with {name} is wanted here, this one has {', '.join(data)}")
+    return parts
+
+
+def _holds(data: Data, name: str) -> bool:
+    return name in data or bool(tree.under(name, data))
+
+
+def _rows(x: Inputs, start: int, stop: int) -> Inputs:
+    part: Inputs = tree.mapped(lambda v: v[start:stop], x)
+    return part
+
+
+def _joined(a: Inputs, b: Inputs, axis: int = 0) -> Inputs:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {k: torch.cat([v, b[k]], axis) for k, v in a.items()}
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
+    return torch.cat([a, b], axis)
+
+
+def _of_classes(output: Any, data: Data) -> Any:
+    """Outputs with those of classes that the task has not at −∞."""
+    if "class_mask" not in data:
+        return output
+    absent = ~data["class_mask"].bool()
+    if not isinstance(output, Tensor) or output.shape[1] != len(absent):
+        seen = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"a class_mask of {len(absent)} classes does not fit outputs {seen}: [n, classes, …] wanted")
+    return output.masked_fill(absent.view(1, -1, *(1 for _ in output.shape[2:])), -torch.inf)
+
+
+def _scalar(measure: Measure, output: Any, target: Any, mask: Tensor | None, name: str) -> Tensor:
+    """What a callable makes of outputs and targets. Raises ValueError where that is no scalar tensor."""
+    if mask is not None and not _takes_mask(measure):
+        raise ValueError(
+            f"{name}={_called(measure)} takes (output, target), but tasks are padded: (output, target, mask) wanted, "
+            "with mask [n] 0 for padding"
+        )
+    value = measure(output, target) if mask is None else measure(output, target, mask)
+    if not isinstance(value, Tensor) or value.ndim:
+        seen = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{name}={_called(measure)} gives {seen}: a scalar tensor wanted, the mean over examples")
+    return value
+
+
+def _takes_mask(measure: Measure) -> bool:
+    try:
+        parameters = inspect.signature(measure).parameters.values()
+    except ValueError:  # built in, without a signature
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    third = positional[2].name if len(positional) > 2 else ""
+    return third == "mask" or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def _called(measure: str | Measure) -> str:
+    """How a loss or measure is named."""
+    return measure if isinstance(measure, str) else getattr(measure, "__qualname__", None) or repr(measure)
+
+
+def _check_probabilities(name: str, targets: Any) -> None:
+    if targets is None or targets.dtype.kind != "f" or targets.ndim < 2:
+        return
+    sums = targets.sum(1)
+    if not np.allclose(sums, 1, atol=1e-3):
+        raise ValueError(
+            f"{name} holds rows that add up to {float(sums.flat[np.abs(sums - 1).argmax()]):g}: cross_entropy wants "
+            "labels, or probabilities that add up to 1; binary_cross_entropy is for several labels at a time"
+        )

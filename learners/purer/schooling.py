@@ -81,7 +81,8 @@ class Schooling:
 def accuracy(model: Functional, params: Params, x: Tensor, y: Tensor) -> Tensor:
     """Share of images whose class is found, with running statistics."""
     with torch.no_grad():
-        return (model(params, x, FROZEN).argmax(-1) == y).double().mean()
+        right: Tensor = model(params, x, FROZEN).argmax(-1) == y
+        return right.double().mean()
 
 
 @dataclass(frozen=True)

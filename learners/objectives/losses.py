@@ -1,0 +1,270 @@
+"""Losses and measures by name, as torch defines them, each over examples that may be padding.
+
+A loss, or a measure, is any callable `(output, target) → scalar tensor`; `(output, target, mask)`, with `mask` [n] 1
+for examples that are there and 0 for padding, where tasks are padded. `output` and `target` are what the model gives
+and what the task holds. Those of one's own stand beside these: `Supervised(model, loss=my_loss, measures={…})`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Measure: TypeAlias = Callable[..., Tensor]
+"""(output, target) or (output, target, mask) → scalar."""
+IGNORED = -100
+"""The label of positions that count neither in the cross-entropy nor in accuracy, as in torch."""
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A loss that says what is measured beside it."""
+
+    name: ClassVar[str]
+
+    def __call__(self, output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+        """Mean over the examples that are there."""
+
+    def measures(self) -> Mapping[str, Measure]:
+        """By name, in the order of the tables; the first one chooses the best θ."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Mean of an error per number; outputs and targets of one shape."""
+
+    name: ClassVar[str] = "mse"
+
+    def error(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
+        """The error of every number, or their mean, as torch has it."""
+        return F.mse_loss(output, target, reduction=reduction)
+
+    def __call__(self, output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+        output = one_tensor(output, self.name)
+        if output.shape != target.shape:  # torch would broadcast, and learn nonsense
+            raise ValueError(
+                f"targets of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}"
+            )
+        target = target.to(output.dtype)
+        return self.error(output, target, "mean") if mask is None else mean(self.error(output, target, "none"), mask)
+
+    def measures(self) -> Mapping[str, Measure]:
+        return {self.name: self}
+
+
+@dataclass(frozen=True)
+class MeanSquared(Regression):
+    """mean (ŷ − y)²."""
+
+
+@dataclass(frozen=True)
+class L1(Regression):
+    """mean |ŷ − y|."""
+
+    name: ClassVar[str] = "l1"
+
+    def error(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return F.l1_loss(output, target, reduction=reduction)
+
+
+@dataclass(frozen=True)
+class Huber(Regression):
+    """½ e² where |e| ≤ δ, else δ (|e| − δ/2) (Huber 1964)."""
+
+    name: ClassVar[str] = "huber"
+    delta: float = 1.0
+    """δ."""
+
+    def error(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return F.huber_loss(output, target, reduction=reduction, delta=self.delta)
+
+
+@dataclass(frozen=True)
+class GaussianNLL:
+    """mean ½ (log σ² + (y − μ)²/σ²): outputs are a pair (μ, σ²), as torch's loss takes them, or one tensor whose last
+    axis is μ followed by log σ².
+    """
+
+    name: ClassVar[str] = "gaussian_nll"
+
+    def __call__(self, output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+        mu, variance = self._parts(output)
+        if mu.shape != target.shape:
+            raise ValueError(f"targets of shape {tuple(target.shape)} do not fit means of shape {tuple(mu.shape)}")
+        return mean(F.gaussian_nll_loss(mu, target.to(mu.dtype), variance, reduction="none"), mask)
+
+    def measures(self) -> Mapping[str, Measure]:
+        def mse(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+            return MeanSquared()(self._parts(output)[0], target, mask)
+
+        return {"nll": self, "mse": mse}
+
+    def _parts(self, output: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(output, tuple | list) and len(output) == 2:
+            return output[0], output[1]
+        if not isinstance(output, Tensor) or output.shape[-1] % 2:
+            raise ValueError("gaussian_nll wants outputs (mean, variance), or one tensor of means and log variances")
+        mu, log_variance = output.chunk(2, -1)
+        return mu, log_variance.exp()
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """−log softmax(ŷ)_y, mean over examples and positions; outputs [n, C, …], labels [n, …] of any integer type, or
+    probabilities [n, C, …]. Positions labelled −100 do not count.
+    """
+
+    name: ClassVar[str] = "cross_entropy"
+    label_smoothing: float = 0.0
+    """ε: targets (1 − ε) one-hot + ε/C (Szegedy et al. 2016)."""
+    class_weights: tuple[float, ...] = ()
+    """Weight of each class's examples, as in torch's `weight`; (): all 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: 0 or more, and less than 1, wanted")
+
+    def __call__(self, output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+        output = one_tensor(output, self.name)
+        target, weight = labels(output, target), self._weight(output)
+        if mask is None:
+            return F.cross_entropy(output, target, weight, label_smoothing=self.label_smoothing)
+        each = F.cross_entropy(output, target, weight, reduction="none", label_smoothing=self.label_smoothing)
+        if target.is_floating_point():
+            return mean(each, mask)
+        counted = (target != IGNORED).to(each.dtype)
+        if weight is not None:
+            counted = counted * weight[target.clamp(min=0)]
+        mask = _along(mask, each)
+        value: Tensor = (each * mask).sum() / (counted * mask).sum()
+        return value
+
+    def summed(self, output: Any, target: Any, support: int, mask: Tensor | None = None) -> Tensor:
+        """Σ over examples (each the mean over its positions) divided by shots, the examples per way of a support set:
+        cbfinn's scale (`Supervised.scale`).
+        """
+        output = one_tensor(output, self.name)
+        target, shots = labels(output, target), support / output.shape[1]
+        if mask is not None:
+            return torch.mul(self(output, target, mask), mask.sum() / shots)
+        weight, positions = self._weight(output), output[0, 0].numel()
+        total = F.cross_entropy(output, target, weight, reduction="sum", label_smoothing=self.label_smoothing)
+        return torch.div(total, shots * positions)
+
+    def measures(self) -> Mapping[str, Measure]:
+        return {"accuracy": accuracy, "loss": CrossEntropy()}
+
+    def _weight(self, output: Tensor) -> Tensor | None:
+        if not self.class_weights:
+            return None
+        if len(self.class_weights) != output.shape[1]:
+            raise ValueError(f"{len(self.class_weights)} class_weights do not fit outputs of {output.shape[1]} classes")
+        return output.new_tensor(self.class_weights)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """−y log σ(ŷ) − (1 − y) log(1 − σ(ŷ)), mean over examples and labels: several labels at a time; outputs and targets
+    of one shape, targets 0 or 1 (or between).
+    """
+
+    name: ClassVar[str] = "binary_cross_entropy"
+
+    def __call__(self, output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+        output = _same_shape(output, target, self.name)
+        return mean(F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none"), mask)
+
+    def measures(self) -> Mapping[str, Measure]:
+        return {"accuracy": binary_accuracy, "f1": f1, "loss": self}
+
+
+LOSSES: dict[str, type] = {
+    loss.name: loss for loss in (MeanSquared, L1, Huber, CrossEntropy, BinaryCrossEntropy, GaussianNLL)
+}
+"""By name."""
+
+
+def accuracy(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+    """Share of examples (and positions, but those labelled −100) whose largest output is the label's (or of the
+    largest probability); outputs [n, C, …].
+    """
+    output = one_tensor(output, "accuracy")
+    target = labels(output, target)
+    truth = target.argmax(1) if target.is_floating_point() else target
+    right = (output.argmax(1) == truth).to(output.dtype)
+    counted = (truth != IGNORED).to(output.dtype)
+    if mask is not None:
+        counted = counted * _along(mask, counted)
+    return torch.div((right * counted).sum(), counted.sum())
+
+
+def binary_accuracy(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+    """Share of labels whose output has the right sign."""
+    output = _same_shape(output, target, "accuracy")
+    return mean(((output > 0) == (target > 0.5)).to(output.dtype), mask)
+
+
+def f1(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
+    """2 TP / (2 TP + FP + FN) over all labels of the task; 0 where none is there and none is predicted."""
+    output = _same_shape(output, target, "f1")
+    there = torch.ones_like(output) if mask is None else _along(mask, output).expand(output.shape)
+    said, true = (output > 0).to(output.dtype) * there, (target > 0.5).to(output.dtype) * there
+    return torch.div(2 * (said * true).sum(), (said.sum() + true.sum()).clamp(min=1))
+
+
+def mean(each: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of values [n, …] over the examples that are there."""
+    if mask is None:
+        return each.mean()
+    mask = _along(mask, each)
+    return (each * mask).sum() / (mask.sum() * (each.numel() // each.shape[0]))
+
+
+def one_tensor(output: Any, what: str) -> Tensor:
+    """The tensor of outputs: itself, or the `logits` of Hugging Face's outputs."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"{what} wants one tensor of outputs, the model gives a {type(output).__name__}: loss=callable (and "
+            "measures) of your own wanted, which take it apart"
+        )
+    return output
+
+
+def labels(output: Tensor, target: Tensor) -> Tensor:
+    """Labels as torch wants them. Raises ValueError for targets that do not fit outputs [n, C, …]."""
+    wanted = output.shape[:1] + output.shape[2:]
+    if target.is_floating_point():
+        if target.shape != output.shape:
+            raise ValueError(
+                f"targets are numbers of shape {tuple(target.shape)}: cross_entropy wants integer labels "
+                f"{tuple(wanted)} for outputs {tuple(output.shape)}, or probabilities of the outputs' shape"
+            )
+        return target.to(output.dtype)
+    if output.ndim < 2 or target.shape != wanted:
+        raise ValueError(
+            f"labels of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}: outputs "
+            f"[n, classes, …] and labels [n, …] wanted"
+        )
+    return target.long()
+
+
+def _same_shape(output: Any, target: Tensor, what: str) -> Tensor:
+    one = one_tensor(output, what)
+    if one.shape != target.shape:
+        raise ValueError(
+            f"targets of shape {tuple(target.shape)} do not fit outputs of shape {tuple(one.shape)}: {what} wants "
+            "one target for each output"
+        )
+    return one
+
+
+def _along(mask: Tensor, values: Tensor) -> Tensor:
+    return mask.to(values.dtype).view(-1, *(1 for _ in values.shape[1:]))

@@ -6,7 +6,7 @@ precision, written by hand over the user's own module: an inner loop whose steps
 as a table of max|difference|/max|gradient|; below it, every refusal by its sentence, numbered. The exit code is 1
 where an error is larger than 1e-9, a refusal was not wanted, or a wanted one did not come.
 
-    python -m tests.zoo                                  # everything: half an hour on a core
+    python -m tests.zoo                                  # everything: forty minutes on a core
     python -m tests.zoo --modes loop vmap                # half a minute
     python -m tests.zoo --only "conv*" --modes compiled --backend inductor
 

@@ -265,6 +265,13 @@ def _cached(m: Any, x: Tensor) -> Tensor:
     return y
 
 
+def _cached_in_a_buffer(m: Any, x: Tensor) -> Tensor:
+    if m.scale is None:
+        m.register_buffer("scale", torch.linspace(1, 2, x.shape[-1], dtype=x.dtype), persistent=False)
+    y: Tensor = m.a(x * m.scale)
+    return y
+
+
 def _filled(m: Any, x: Tensor) -> Tensor:
     out = x.new_zeros(len(x), 4)
     out[:, :2], out[:, 2:] = m.a(x).tanh(), m.a(x).sin()
@@ -280,6 +287,11 @@ def _of_equal_length(m: Any, x: Tensor) -> Tensor:
     packed = nn.utils.rnn.pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True)
     y: Tensor = m.out(m.r(packed)[1][-1])
     return y
+
+
+def _with_empty_buffer(module: nn.Module, name: str) -> nn.Module:
+    module.register_buffer(name, None, persistent=False)
+    return module
 
 
 def _biases_only(module: nn.Module) -> nn.Module:
@@ -308,6 +320,8 @@ UNUSUAL = [
     Case("gradient inside (torch.func)", lambda: Net(_energy, a=mlp(nn.Tanh())), numbers(3)),
     Case("straight-through rounding", lambda: Net(_rounded, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), numbers(3)),
     Case("cached constant", lambda: Net(_cached, a=nn.Linear(3, 2), scale=None), numbers(3)),
+    Case("constant cached in a buffer", lambda: _with_empty_buffer(Net(_cached_in_a_buffer, a=nn.Linear(3, 2)), "scale"),
+         numbers(3)),
     Case("outputs written into zeros", lambda: Net(_filled, a=nn.Linear(3, 2)), numbers(3)),
     Case("unfold, fold", lambda: Net(_patches, a=nn.Linear(4, 4)), numbers(1, 4, 4)),
     Case("solve, Cholesky", lambda: Net(
@@ -321,7 +335,8 @@ UNUSUAL = [
         a=nn.Linear(3, 4), b=nn.Linear(4, 2)), numbers(3)),
     Case("complex parameters", lambda: Net(
         lambda m, x: (x.to(torch.complex128) @ torch.view_as_complex(m.w)).abs(), w=weights(3, 2, 2)), numbers(3)),
-    Case("torch.compile'd by the user", lambda: torch.compile(mlp(nn.Tanh()), backend="eager"), numbers(3)),
+    Case("torch.compile'd by the user", lambda: torch.compile(mlp(nn.Tanh()), backend="eager"), numbers(3),
+         refused={"compiled": "trace a dynamo-optimized function"}),
     Case("biases alone are trained", lambda: _biases_only(mlp(nn.Tanh(), nn.Tanh())), numbers(3),
          frozen=("0.weight", "2.weight", "4.weight")),
     Case("all in evaluation mode", lambda: mlp(nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Tanh()).eval(), numbers(3)),

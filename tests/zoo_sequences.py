@@ -320,8 +320,8 @@ UNUSUAL = [
     Case("gradient inside (torch.func)", lambda: Net(_energy, a=mlp(nn.Tanh())), numbers(3)),
     Case("straight-through rounding", lambda: Net(_rounded, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), numbers(3)),
     Case("cached constant", lambda: Net(_cached, a=nn.Linear(3, 2), scale=None), numbers(3)),
-    Case("constant cached in a buffer", lambda: _with_empty_buffer(Net(_cached_in_a_buffer, a=nn.Linear(3, 2)), "scale"),
-         numbers(3)),
+    Case("constant cached in a buffer", lambda: _with_empty_buffer(
+        Net(_cached_in_a_buffer, a=nn.Linear(3, 2)), "scale"), numbers(3)),
     Case("outputs written into zeros", lambda: Net(_filled, a=nn.Linear(3, 2)), numbers(3)),
     Case("unfold, fold", lambda: Net(_patches, a=nn.Linear(4, 4)), numbers(1, 4, 4)),
     Case("solve, Cholesky", lambda: Net(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learners.models.networks import MLP, Conv4
+from learners.models.networks import MLP, Conv4, ModelSpec
 
 
 class Concatenated(nn.Module):
@@ -67,15 +67,18 @@ class ContextConv4:
     The paper's for images but for the 1 in 1 + γ, which is ours: at its start the block is nearly Conv4's.
     """
 
-    network: Conv4 = field(default_factory=Conv4)
-    """Conv4's keys."""
+    network: ModelSpec = field(default_factory=Conv4)
+    """A Conv4, with its keys."""
     size: int = 100
     """Context parameters."""
 
     def __post_init__(self) -> None:
         _check(self.size)
+        if not isinstance(self.network, Conv4):
+            raise ValueError(f"network={type(self.network).__name__}: Conv4 wanted")
 
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
+        assert isinstance(self.network, Conv4)
         model = self.network.build(inputs, outputs)
         block = model.get_submodule("block2")
         relu = block.get_submodule("relu")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.setup import config, equal_budget
 from envs.images.glyphs import Glyphs
 from envs.images.pretraining import Pretraining
 from learners.algorithms.baseline_plus_plus import BaselinePlusPlus
@@ -226,6 +227,15 @@ def test_cavia_of_a_model_without_context_is_refused(model: Functional) -> None:
         CAVIA().init(model.params(), np.random.default_rng(0))
     with pytest.raises(ValueError, match="size=0: at least 1 context parameter wanted"):
         ContextMLP(size=0)
+    with pytest.raises(ValueError, match="network=MLP: Conv4 wanted"):
+        ContextConv4(MLP())
+
+
+@pytest.mark.parametrize("name", ["cavia", "baseline-plus-plus"])
+def test_a_run_with_a_model_in_its_model_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    run = equal_budget.comparison("comparison-glyphs")[name]
+    (tmp_path / "run.toml").write_text(config.to_toml(run))
+    assert config.load(str(tmp_path / "run.toml")) == run
 
 
 def test_the_context_of_a_conv4_scales_and_shifts_its_third_block_before_the_relu() -> None:

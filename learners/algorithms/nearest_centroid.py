@@ -13,8 +13,9 @@ class NearestCentroid(ProtoNet):
     under its own head.
 
     What is trained is as for `linear_probe`: supervised pre-training on tasks of the family `pretraining`; on episodes
-    nothing useful, so that there θ comes from elsewhere (`init_from`, with `outer.lr = 0`). With a model `unit`
-    features have length 1 (the paper's L2N); its centring on the mean of all training images (CL2N) is not here.
+    nothing useful, so that there θ comes from elsewhere (`init_from`, with `outer.lr = 0`). As it stands that is the
+    paper's UN. For its L2N, a model `unit` begins from a θ that was trained without; centring on the mean of all
+    training images (CL2N) is not here.
     """
 
     inner_steps: int = 0

@@ -58,7 +58,7 @@ def task(data: Data, i: int) -> Data:
 def summed(learner: Learner, objective: Supervised, theta: Params, data: Data, mode: str) -> Params:
     """The gradient verb's sum over stacked tasks."""
     run = common_verbs(learner, objective, 1)["gradient"].run
-    return unpack(Execution(mode).run(run, pack(theta, {}), {}, data).total).params
+    return unpack(Execution(mode, backend="aot_eager").run(run, pack(theta, {}), {}, data).total).params
 
 
 def by_hand(loss: Callable[[Params, Data], Tensor], theta: Params, data: Data) -> Params:
@@ -400,6 +400,16 @@ def test_a_centroid_is_the_nearest_and_training_knows_of_none() -> None:
         close(summed(learner, objective, theta, data, "vmap"), by_hand(plain, theta, data))
     with pytest.raises(ValueError, match="inner_steps=1: 0 wanted"):
         NearestCentroid(inner_steps=1)
+
+
+@pytest.mark.parametrize(
+    "learner", [ProtoNet(), ProtoMAML(ALPHA, 2), CAVIA(ALPHA, 2, adapts=("head.bias",)), BaselinePlusPlus(ALPHA, 2)]
+)
+def test_compiled_they_are_the_same(learner: Learner) -> None:
+    model = unit_model()
+    data, theta, objective = classification(), model.params(), Supervised(model, "cross_entropy")
+    # the right-hand side is held to autograd by hand above
+    close(*(summed(learner, objective, theta, data, mode) for mode in ("compiled", "vmap")))
 
 
 @pytest.mark.parametrize("learner", [LinearProbe(1.0), LinearProbe(1.0, inner_optimizer="adam"), BaselinePlusPlus(1.0)])

@@ -11,6 +11,8 @@ from cluster.fleet.recipe import Recipe
 from cluster.setup import data_free
 from cluster.setup.run import Run
 from envs.images.data_free import DataFree
+from learners.algorithms.linear_probe import LinearProbe
+from learners.algorithms.proto_maml import ProtoMAML
 from learners.algorithms.proto_net import ProtoNet
 from learners.base import Objective, Params
 from learners.inner import single_loss
@@ -77,7 +79,7 @@ def _check_attacks(run: Run) -> None:
             raise ValueError(
                 f"evaluation.robustness.eps={eps}: attacks are on the inputs of examples, and RL tasks have none"
             )
-        if own is not None or isinstance(run.learner, DataFreeMAML | ProtoNet):
+        if own is not None or isinstance(run.learner, DataFreeMAML | ProtoNet | ProtoMAML | LinearProbe):
             raise ValueError(f"{name} wants labelled examples, and RL tasks have none")
     elif run.task.kind == "regression":
         for key, attack in (

@@ -13,19 +13,27 @@ from envs.images.episodes import Episodes, ImageSource
 from envs.images.glyphs import Glyphs
 from envs.images.image_folder import ImageFolder
 from envs.images.omniglot import Omniglot
+from envs.images.pretraining import Pretraining
 from envs.sinusoid import Sinusoid
 from learners.algorithms.adml import ADML
 from learners.algorithms.adversarial_querying import AdversarialQuerying
+from learners.algorithms.baseline_plus_plus import BaselinePlusPlus
+from learners.algorithms.cavia import CAVIA
 from learners.algorithms.imaml import IMAML
+from learners.algorithms.linear_probe import LinearProbe
 from learners.algorithms.maml import MAML
 from learners.algorithms.maml_plus_plus import MAMLPlusPlus
 from learners.algorithms.meta_curvature import MetaCurvature
 from learners.algorithms.meta_sgd import MetaSGD
+from learners.algorithms.nearest_centroid import NearestCentroid
+from learners.algorithms.proto_maml import ProtoMAML
 from learners.algorithms.proto_net import ProtoNet
 from learners.algorithms.reptile import Reptile
 from learners.base import Learner, Outer
+from learners.models.context import ContextConv4, ContextMLP
 from learners.models.networks import MLP, Conv4, GaussianMLP, ModelSpec
 from learners.models.resnet import ResNet
+from learners.models.unit import Unit
 from learners.outer.descent import Descent
 from learners.outer.promp import ProMP
 from learners.outer.trust_region import TrustRegion
@@ -34,14 +42,18 @@ from learners.purer.outer import Purer
 
 TASKS: dict[str, type] = {
     "sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation, "locomotion": Locomotion,
-    "data_free": DataFree,
+    "data_free": DataFree, "pretraining": Pretraining,
 }  # fmt: skip
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
-MODELS: dict[str, type] = {"mlp": MLP, "conv4": Conv4, "resnet": ResNet, "gaussian_mlp": GaussianMLP}
+MODELS: dict[str, type] = {
+    "mlp": MLP, "conv4": Conv4, "resnet": ResNet, "gaussian_mlp": GaussianMLP, "context_mlp": ContextMLP,
+    "context_conv4": ContextConv4, "unit": Unit,
+}  # fmt: skip
 LEARNERS: dict[str, type] = {
     "maml": MAML, "maml_plus_plus": MAMLPlusPlus, "meta_sgd": MetaSGD, "meta_curvature": MetaCurvature, "imaml": IMAML,
     "reptile": Reptile, "adml": ADML, "adversarial_querying": AdversarialQuerying,
-    "proto_net": ProtoNet, "data_free_maml": DataFreeMAML,
+    "proto_net": ProtoNet, "proto_maml": ProtoMAML, "cavia": CAVIA, "linear_probe": LinearProbe,
+    "baseline_plus_plus": BaselinePlusPlus, "nearest_centroid": NearestCentroid, "data_free_maml": DataFreeMAML,
 }  # fmt: skip
 OUTERS: dict[str, type] = {"descent": Descent, "trust_region": TrustRegion, "promp": ProMP, "purer": Purer}
 POLICIES: dict[str, type] = {"synchronous": Synchronous, "asynchronous": Asynchronous}

@@ -56,7 +56,7 @@ def differentiate_with(
         if transformed():
             grads, (value, metrics) = torch.func.grad_and_value(loss, has_aux=True)(at)
         else:
-            leaves = at if again and _attached(at) else _leaves(at)
+            leaves = _attached(at) if again else _leaves(at)
             value, metrics = loss(leaves)
             found = torch.autograd.grad(value, list(leaves.values()), create_graph=again, materialize_grads=True)
             grads = dict(zip(leaves, found, strict=True))
@@ -159,8 +159,9 @@ def constant(kind: Kind, compute: Callable[[], Params]) -> Params:
     return tape.values[tape.position - 1]
 
 
-def _attached(params: Params) -> bool:
-    return all(v.requires_grad for v in params.values())
+def _attached(params: Params) -> Params:
+    """What is a function of something stays that."""
+    return {k: v if v.requires_grad else v.detach().requires_grad_() for k, v in params.items()}
 
 
 def _leaves(params: Params) -> Params:

@@ -8,6 +8,7 @@ import dataclasses
 import pickle
 from collections import deque
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,16 @@ from envs.images.glyphs import Glyphs
 from envs.sinusoid import Sinusoid
 from learners.algorithms.adml import ADML
 from learners.algorithms.adversarial_querying import AdversarialQuerying
+from learners.algorithms.baseline_plus_plus import BaselinePlusPlus
+from learners.algorithms.cavia import CAVIA
 from learners.algorithms.imaml import IMAML
+from learners.algorithms.linear_probe import LinearProbe
 from learners.algorithms.maml import MAML
 from learners.algorithms.maml_plus_plus import MAMLPlusPlus
 from learners.algorithms.meta_curvature import MetaCurvature
 from learners.algorithms.meta_sgd import MetaSGD
+from learners.algorithms.nearest_centroid import NearestCentroid
+from learners.algorithms.proto_maml import ProtoMAML
 from learners.algorithms.proto_net import ProtoNet
 from learners.algorithms.reptile import Reptile
 from learners.base import Data, Learner, Meta, Params, Sum, pack
@@ -43,6 +49,7 @@ from learners.engine.execution import Execution
 from learners.inner import InnerLoop
 from learners.models.functional import functional
 from learners.models.networks import MLP, Conv4
+from learners.models.unit import Unit
 from learners.objectives.attack import Attack
 from learners.objectives.robustness import Robustness
 from learners.objectives.supervised import Supervised
@@ -64,8 +71,19 @@ LEARNERS: dict[str, Learner] = {
     "adml": ADML(0.05, 2, adversarial_lr=0.05, attack=dataclasses.replace(ATTACK, random_start=True)),
     "adversarial_querying": AdversarialQuerying(0.05, 1, attack=dataclasses.replace(ATTACK, steps=3)),
     "proto_net": ProtoNet(),
+    "proto_maml": ProtoMAML(0.05, 2),
+    "fo_proto_maml": ProtoMAML(0.05, 2, order=1),
+    "cavia": CAVIA(0.05, 2, adapts=("head.bias",)),
+    "linear_probe": LinearProbe(0.05),
+    "linear_probe by episodes": LinearProbe(0.05, 2),
+    "baseline_plus_plus": BaselinePlusPlus(0.05),
+    "baseline_plus_plus by episodes": BaselinePlusPlus(0.05, 2),
+    "nearest_centroid": NearestCentroid(),
     "data_free_maml": DataFreeMAML(0.05, 2, calibration=Calibration("off")),
 }
+ANEW = {ProtoMAML: "head.*", CAVIA: "head.bias", BaselinePlusPlus: "head.*"}
+"""Parameters that a task begins with values of its own for, where θ's are not used."""
+OF_CLASSES = (ProtoNet, ProtoMAML, BaselinePlusPlus)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +94,8 @@ class World:
     objective: Supervised
 
     def recipe(self, learner: Learner, mode: str = "loop") -> Recipe:
-        if isinstance(learner, ProtoNet) and self.objective.loss == "mse":
-            pytest.skip("prototypes are of classes")
+        if isinstance(learner, OF_CLASSES) and self.objective.loss == "mse":
+            pytest.skip("prototypes and cosines are of classes")
         return Recipe(
             self.tasks, learner, self.objective, Descent(), dtype="float64", evaluation_steps=2, execution=mode
         )
@@ -101,7 +119,9 @@ def world(request: pytest.FixtureRequest, data_folder: Path) -> World:
         )
     tasks = Episodes(Glyphs(characters=30, drawings=6, size=16), ways=3, shots=2, queries=2, test_queries=2)
     tasks.prepare()
-    model = functional(Conv4(width=3).build((1, 16, 16), 3).double())
+    conv4 = Conv4(width=3)
+    unit = str(request.node.callspec.params.get("name")).lower().startswith("baseline")
+    model = functional((Unit(conv4) if unit else conv4).build((1, 16, 16), 3).double())
     return World(tasks, Supervised(model, "cross_entropy"))
 
 
@@ -145,7 +165,8 @@ def test_shapes_are_those_of_theta(world: World, name: str) -> None:
     task = {k: v[0] for k, v in world.data(recipe, 1, "evaluate").items()}
     path = list(learner.at_test().path(meta, world.objective, task, 2))
     assert [{k: v.shape for k, v in phi.items()} for phi in path] == [{k: v.shape for k, v in theta.items()}] * 3
-    assert all(torch.equal(path[0][k], v) for k, v in theta.items())
+    anew = ANEW.get(type(learner), "")
+    assert [k for k, v in theta.items() if not torch.equal(path[0][k], v)] == [k for k in theta if fnmatchcase(k, anew)]
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -293,6 +314,37 @@ def _mean(t: AtTheta) -> Params:
     return {k: (v + t.attacked[k]) / 2 for k, v in t.query.items()}
 
 
+def _prototypes(t: AtTheta) -> Params:
+    x, y = t.data["support_x"], t.data["support_y"]
+
+    def loss(p: Params) -> Tensor:
+        z = t.objective.model.features(p, x)
+        means = torch.stack([z[y == c].mean(0) for c in range(len(p["head.bias"]))])
+        return t.objective.query(p | {"head.weight": 2 * means, "head.bias": -(means**2).sum(1)}, t.data)
+
+    return _touched(t, loss)
+
+
+def _touched(t: AtTheta, loss: Callable[[Params], Tensor]) -> Params:
+    """∇ of a loss that need not touch all of θ."""
+    leaves = {k: v.clone().requires_grad_() for k, v in t.theta.items()}
+    found = torch.autograd.grad(loss(leaves), list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def _without_context(t: AtTheta) -> Params:
+    zero = torch.zeros_like(t.theta["head.bias"])
+    return _touched(t, lambda p: t.objective.query(p | {"head.bias": zero}, t.data))
+
+
+def _cosines(t: AtTheta) -> Params:
+    def loss(p: Params) -> Tensor:
+        w, bias = p["head.weight"], torch.zeros_like(p["head.bias"])
+        return t.objective.query(p | {"head.weight": 10 * w / w.norm(dim=1, keepdim=True), "head.bias": bias}, t.data)
+
+    return _touched(t, loss)
+
+
 LIMITS: dict[str, tuple[Learner, Callable[[AtTheta], Params]]] = {
     "MAML: g_Q": (MAML(0.0, 2), lambda t: t.query),
     "FOMAML: g_Q": (MAML(0.0, 2, order=1), lambda t: t.query),
@@ -303,6 +355,12 @@ LIMITS: dict[str, tuple[Learner, Callable[[AtTheta], Params]]] = {
     "iMAML: (I + H/λ)⁻¹ g_Q": (IMAML(0.0, 1, proximal=2000.0, solver_steps=60), _imaml),
     "Reptile: 0": (Reptile(0.0, 2, "sgd", batch=0), lambda t: {k: 0 * v for k, v in t.theta.items()}),
     "ADML: ½ (g_Q + g at the attacked query)": (ADML(0.0, 1, adversarial_lr=0.0, attack=ATTACK), _mean),
+    "Proto-MAML: ProtoNet's": (ProtoMAML(0.0, 2), _prototypes),
+    "CAVIA: g_Q with the context at 0, and 0 for it": (CAVIA(0.0, 2, adapts=("head.bias",)), _without_context),
+    "Linear probe without episodes: g_Q": (LinearProbe(), lambda t: t.query),
+    "Linear probe: 0": (LinearProbe(0.0, 2), lambda t: {k: 0 * v for k, v in t.theta.items()}),
+    "Baseline++ without episodes: g_Q by cosines": (BaselinePlusPlus(), _cosines),
+    "Nearest centroid: g_Q": (NearestCentroid(), lambda t: t.query),
     "Adversarial querying: g at the attacked query": (AdversarialQuerying(0.0, 1, attack=ATTACK), lambda t: t.attacked),
 }
 

@@ -138,6 +138,7 @@ class Functional:
 
     def widest(self, x: Inputs) -> int:
         """Bytes of the largest intermediate result for inputs x."""
+        self.try_out(x)  # not with the hooks
         sizes = [v.nbytes for v in leaves(x)]
         inner = [m for m in self._flavour(None).module.modules() if not list(m.children())]
         hooks = [
@@ -154,9 +155,11 @@ class Functional:
     def try_out(self, x: Inputs) -> None:
         """Run on inputs like x, unless it has been; raises ValueError as `trial.tried` does."""
         if self._findings is None:
-            self._findings = tried(self.module, x, quiet=self._quiet)
-            if self._findings.draws:
-                tried(self._flavour(None).module, x, quiet=True)
+            found = tried(self.module, x, quiet=self._quiet)
+            if found.draws:
+                still = tried(self._flavour(None).module, x, quiet=True)
+                found = Findings(True, found.attends or still.attends)
+            self._findings = found
 
     def _called(self, params: Params, x: Inputs, how: Normalising, draws: Draws | None) -> Any:
         if not self._required <= params.keys():

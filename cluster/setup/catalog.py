@@ -33,6 +33,7 @@ from learners.base import Learner, Outer
 from learners.models.context import ContextConv4, ContextMLP
 from learners.models.networks import MLP, Conv4, GaussianMLP, ModelSpec
 from learners.models.resnet import ResNet
+from learners.models.resnet12 import ResNet12
 from learners.models.unit import Unit
 from learners.outer.descent import Descent
 from learners.outer.promp import ProMP
@@ -46,7 +47,8 @@ TASKS: dict[str, type] = {
 }  # fmt: skip
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
 MODELS: dict[str, type] = {
-    "mlp": MLP, "conv4": Conv4, "resnet": ResNet, "gaussian_mlp": GaussianMLP, "context_mlp": ContextMLP,
+    "mlp": MLP, "conv4": Conv4, "resnet": ResNet, "resnet12": ResNet12,
+    "gaussian_mlp": GaussianMLP, "context_mlp": ContextMLP,
     "context_conv4": ContextConv4, "unit": Unit,
 }  # fmt: skip
 LEARNERS: dict[str, type] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from learners.models.drop import DropBlock, StochasticDepth
 from learners.models.functional import functional
 from learners.models.networks import ModelSpec
 from learners.models.resnet12 import ResNet12
+from learners.models.vit import ViT
+from learners.models.wide_resnet import WideResNet
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 
@@ -195,3 +198,120 @@ def test_resnet12_names_the_square_that_does_not_fit() -> None:
     for keys in wrong:
         with pytest.raises(ValueError, match=next(iter(keys))):
             ResNet12(**keys)
+
+
+# Wide ResNet
+
+
+def wide_resnet(params: Params, x: Tensor) -> Tensor:
+    """WRN-10-k: one block a stage, each of another shape than its input."""
+    x = F.conv2d(x, params["stem.weight"], padding=1)
+    for stage in range(3):
+        block, stride = f"stage{stage}_0", 2 if stage else 1
+        a = F.relu(norm(params, f"{block}.norm1", x))
+        y = F.conv2d(a, params[f"{block}.conv1.weight"], stride=stride, padding=1)
+        y = F.conv2d(F.relu(norm(params, f"{block}.norm2", y)), params[f"{block}.conv2.weight"], padding=1)
+        x = y + F.conv2d(a[..., ::stride, ::stride], params[f"{block}.shortcut.weight"])
+    x = F.relu(norm(params, "norm", x)).flatten(2).mean(2)
+    return F.linear(x, params["head.weight"], params["head.bias"])
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+def test_a_wide_resnet_and_its_second_derivatives_equal_those_written_out(mode: str) -> None:
+    check_second_order(WideResNet(10, 2), wide_resnet, 8, mode)
+
+
+def test_wrn_28_10_has_as_many_parameters_as_counted() -> None:
+    # 36.5 million in the paper's Table 4. Convolutions, then normalisations and the head.
+    stages = [(16, 160), (160, 320), (320, 640)]
+    weights = 9 * 3 * 16 + sum(9 * i * o + 7 * 9 * o * o + i * o for i, o in stages)
+    norms = sum(2 * i + 7 * 2 * o for i, o in stages) + 2 * 640
+    with torch.device("meta"):
+        module = WideResNet().build((3, 32, 32), 10)
+    assert parameters(module) == weights + norms + 641 * 10 == 36_479_194
+    assert isinstance(module.head, nn.Linear)
+
+
+def test_a_wide_resnet_drops_between_the_convolutions_in_training() -> None:
+    torch.manual_seed(0)
+    module, x = WideResNet(10, 1, 0.3).build((3, 16, 16), 5), torch.randn(4, 3, 16, 16)
+    assert sum(isinstance(m, nn.Dropout) for m in module.modules()) == 3
+    assert not torch.equal(module(x), module(x))
+    assert torch.equal(module.eval()(x), module(x))
+
+
+def test_wrongly_sized_wide_resnets_are_refused() -> None:
+    for keys, text in (({"depth": 20}, "depth=20: one of 10, 16"), ({"widen": 0}, "widen=0"), ({"dropout": 1}, "drop")):
+        with pytest.raises(ValueError, match=text):
+            WideResNet(**keys)
+    with pytest.raises(ValueError, match="wants images"):
+        WideResNet(10, 1).build((7,), 5)
+
+
+# ViT
+
+TINY = ViT(patch=4, dim=6, depth=2, heads=2, hidden=2)
+
+
+def vit(params: Params, x: Tensor) -> Tensor:
+    """torch's own encoder layers, and patches by a strided convolution."""
+    dim, heads = 6, 2
+    kernel = params["patches.linear.weight"].view(dim, 3, 4, 4)
+    x = F.conv2d(x, kernel, params["patches.linear.bias"], stride=4).flatten(2).transpose(1, 2)
+    if "tokens.first" in params:
+        x = torch.cat([params["tokens.first"].repeat(x.shape[0], 1, 1), x], 1)
+    x = x + params["tokens.position"]
+    layer = nn.TransformerEncoderLayer(dim, heads, 12, 0.0, "gelu", batch_first=True, norm_first=True).double()
+    names = {
+        "self_attn.in_proj_": "attention.qkv.", "self_attn.out_proj.": "attention.out.", "linear1.": "linear1.",
+        "linear2.": "linear2.", "norm1.": "norm1.", "norm2.": "norm2.",
+    }  # fmt: skip
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for i in range(2):
+            own = {f"{t}{k}": params[f"block{i}.{o}{k}"] for t, o in names.items() for k in ("weight", "bias")}
+            x = torch.func.functional_call(layer, own, (x,))
+    x = F.layer_norm(x, (dim,), params["norm.weight"], params["norm.bias"])
+    x = x[:, 0] if "tokens.first" in params else x.mean(1)
+    return F.linear(x, params["head.weight"], params["head.bias"])
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_a_vit_and_its_second_derivatives_equal_those_of_torchs_encoder(pooling: str, mode: str) -> None:
+    check_second_order(replace(TINY, pooling=pooling), vit, 8, mode)
+
+
+def test_vit_small_has_as_many_parameters_as_counted() -> None:
+    # DeiT-S on 224×224 in patches of 16 (Touvron et al. 2021, Table 1: 22 million).
+    d = 384
+    block = 2 * 2 * d + (3 * d * d + 3 * d) + (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d)
+    wanted = (16 * 16 * 3 * d + d) + d + 197 * d + 12 * block + 2 * d + 1000 * (d + 1)
+    with torch.device("meta"):
+        module = ViT(patch=16).build((3, 224, 224), 1000)
+    assert parameters(module) == wanted == 22_050_664
+    assert isinstance(module.head, nn.Linear)
+
+
+def test_a_vit_drops_more_and_more_branches_and_only_in_training() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 8, 8)
+    for spec in (replace(TINY, dropout=0.3), replace(TINY, stochastic_depth=0.5)):
+        module = spec.build((3, 8, 8), 5)
+        assert not torch.equal(module(x), module(x))
+        assert torch.equal(module.eval()(x), module(x))
+    deep = replace(TINY, depth=3, stochastic_depth=0.4).build((3, 8, 8), 5)
+    assert [m.p for m in deep.modules() if isinstance(m, StochasticDepth)] == pytest.approx([0, 0.2, 0.4])
+
+
+def test_wrongly_sized_vits_are_refused() -> None:
+    for keys, text in (
+        ({"heads": 5}, "heads=5: a divisor of dim=384"),
+        ({"patch": 0}, "patch=0"),
+        ({"dropout": 1}, "dropout"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ViT(**keys)
+    with pytest.raises(ValueError, match="patch=8: a divisor of the images' sides 84×84"):
+        ViT().build((3, 84, 84), 5)
+    with pytest.raises(ValueError, match="wants images"):
+        ViT().build((7,), 5)

@@ -30,6 +30,7 @@ from learners.algorithms.proto_maml import ProtoMAML
 from learners.algorithms.proto_net import ProtoNet
 from learners.algorithms.reptile import Reptile
 from learners.base import Learner, Outer
+from learners.models.constructor import Constructor
 from learners.models.context import ContextConv4, ContextMLP
 from learners.models.networks import MLP, Conv4, GaussianMLP, ModelSpec
 from learners.models.resnet import ResNet
@@ -50,7 +51,7 @@ TASKS: dict[str, type] = {
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
 MODELS: dict[str, type] = {
     "mlp": MLP, "conv4": Conv4, "resnet": ResNet, "resnet12": ResNet12, "wide_resnet": WideResNet, "vit": ViT,
-    "gaussian_mlp": GaussianMLP, "context_mlp": ContextMLP,
+    "constructor": Constructor, "gaussian_mlp": GaussianMLP, "context_mlp": ContextMLP,
     "context_conv4": ContextConv4, "unit": Unit,
 }  # fmt: skip
 LEARNERS: dict[str, type] = {

@@ -22,6 +22,7 @@ from cluster.record.storage import write_atomically
 from cluster.setup.catalog import MODELS
 from cluster.setup.tables import from_table, named
 from learners.base import Params
+from learners.models.constructor import Constructor
 from learners.models.functional import Functional, functional
 from learners.models.networks import ModelSpec
 from learners.purer.inversion import Teacher
@@ -135,6 +136,8 @@ def _model(entry: dict[str, Any], shape: tuple[int, int, int], ways: int, where:
     architecture = entry.get("architecture")
     if not isinstance(architecture, dict) or architecture.get("name") not in MODELS:
         raise ValueError(f"{where}: architecture={architecture!r}: a table with a name of {', '.join(MODELS)} wanted")
+    if MODELS[architecture["name"]] is Constructor:  # a pool may come from others: none of its names is imported
+        raise ValueError(f"{where}: architecture={architecture!r}: one of our own wanted, not a name to import")
     spec: ModelSpec = from_table(
         MODELS[architecture["name"]], {k: v for k, v in architecture.items() if k != "name"}, f"{where}: "
     )

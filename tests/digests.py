@@ -32,6 +32,7 @@ Table: TypeAlias = dict[str, Any]
 SIZES = {
     "data-free": "--iterations 2 --meta-batch 2 --outer.switch.warmup 1 --outer.switch.patience 1 "
     "--learner.calibration.inversion-steps 1 --learner.calibration.steps 1",
+    "cifar-fs": "--iterations 2 --meta-batch 2 --shard 1 --model.widths 4 4 8 8",
     "miniimagenet": "--iterations 2 --meta-batch 2 --shard 1",
     "omniglot-20way": "--iterations 2 --meta-batch 2 --shard 1",
     "omniglot": "--iterations 2 --meta-batch 4 --shard 2",
@@ -115,7 +116,7 @@ def sizes(name: str) -> list[str]:
 
 def source(name: str, data: Path) -> list[str]:
     """Where a preset's images are."""
-    if name.startswith("miniimagenet") or "tiny-imagenet" in name:
+    if name.startswith(("cifar-fs", "miniimagenet")) or "tiny-imagenet" in name:
         return ["--task.source.folder", str(data / "tiny_imagenet_fewshot.zip")]
     return ["--task.source.folder", str(data / "omniglot")] if "omniglot" in name else []
 

@@ -59,6 +59,9 @@ VARIATIONS = {
         "--objective.norm frozen",
         "--policy.name asynchronous",
         "--model.name resnet",
+        "--model.name resnet12 --model.widths 4 4 8 8 --model.block 1",
+        "--model.name wide_resnet --model.depth 10 --model.widen 1",
+        "--model.name vit --model.patch 7 --model.dim 12 --model.depth 2 --model.heads 2",
     ),
     "half-cheetah-direction": ("--control.inner-loss dice", "--task.backend exact"),
 }

@@ -315,3 +315,34 @@ def test_wrongly_sized_vits_are_refused() -> None:
         ViT().build((3, 84, 84), 5)
     with pytest.raises(ValueError, match="wants images"):
         ViT().build((7,), 5)
+
+
+# All of them
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [(replace(SMALL, dropout=0.3, drop_block=0.3, block=2), 32), (WideResNet(10, 1, 0.3), 8),
+     (replace(TINY, dropout=0.2, stochastic_depth=0.3), 8)],
+)  # fmt: skip
+def test_drops_are_the_tasks_whatever_state_torchs_generator_is_in(spec: ModelSpec, size: int) -> None:
+    pytest.importorskip("learners.models.draws", reason="draws of a model are not yet the task's")
+    torch.manual_seed(1)
+    model = functional(spec.build((3, size, size), WAYS).double(), torch.zeros(2, 3, size, size))
+    theta, data = pack(model.params(), {}), episode(size)
+    two = {k: torch.stack([v, v]) for k, v in data.items()}  # equal but for what is drawn
+    verb = common_verbs(MAML(RATE, 2), Supervised(model, "cross_entropy"), 1)["gradient"]
+
+    def gradient(mode: str, keys: tuple[int, int]) -> Params:
+        run = Execution(mode, backend="aot_eager").run(verb.run, theta, {}, two | {"draws": torch.tensor(keys)})
+        return unpack(run.total).params
+
+    loop = gradient("loop", (5, 2**40))
+    torch.manual_seed(2)
+    for name, g in gradient("loop", (5, 2**40)).items():
+        assert torch.equal(g, loop[name])
+    largest = max(float(g.abs().max()) for g in loop.values())
+    found = gradient("vmap", (5, 2**40))
+    assert max(float((found[k] - g).abs().max()) for k, g in loop.items()) <= 1e-9 * largest
+    other = gradient("loop", (5, 6))
+    assert max(float((other[k] - g).abs().max()) for k, g in loop.items()) > 1e-3 * largest

@@ -43,7 +43,7 @@ class Constructor:
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
         given = {self.outputs: outputs} | ({self.inputs: inputs[0]} if self.inputs else {})
         module = self._called(located(self.target), self.arguments | given)
-        x = torch.rand(2, *inputs, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, *inputs, generator=torch.Generator().manual_seed(0))
         y = self._tried(module, x)
         if not isinstance(y, Tensor) or y.shape != (2, outputs):
             seen = f"outputs of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from learners.models.constructor import Constructor, located
 from learners.models.functional import functional
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
+from tests import zoo_sequences
 from tests.commands import metafleet
-
-OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # declared for as long as it lives
 
 OWN = """
 from torch import nn
@@ -41,6 +40,9 @@ def still(num_classes):
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes), nn.Dropout(0.5))
     net[2].eval()
     return net
+
+def twice(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes), nn.ReLU())
 
 def pair(num_classes):
     class Pair(nn.Module):
@@ -164,7 +166,9 @@ def test_a_package_that_does_not_fit_torch_is_named_with_torchs_version(own: str
         located("misfit.Net")
 
 
-def test_a_pools_description_names_nothing_to_import(own: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrapped", ["{}", '{{ name = "unit", network = {} }}'])
+def test_a_pools_description_names_nothing_to_import(own: str, tmp_path: Path, wrapped: str) -> None:
+    architecture = wrapped.format(f'{{ name = "constructor", target = "{own}.Net" }}')
     (tmp_path / "theirs.toml").write_text(f"""
 shape = [3, 8, 8]
 ways = 5
@@ -172,7 +176,7 @@ mean = [0.0, 0.0, 0.0]
 std = [1.0, 1.0, 1.0]
 [[teacher]]
 file = "a.safetensors"
-architecture = {{ name = "constructor", target = "{own}.Net" }}
+architecture = {architecture}
 """)
     with pytest.raises(ValueError, match="one of our own wanted, not a name to import"):
         teachers.imported(tmp_path / "theirs.toml", tmp_path / "pool")
@@ -180,17 +184,10 @@ architecture = {{ name = "constructor", target = "{own}.Net" }}
 
 @pytest.fixture(scope="module")
 def vision() -> None:
-    """torchvision; a wheel for another build of torch imports once the operators that it looks up are declared."""
+    """torchvision, as far as networks need it."""
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            OPERATORS.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        importlib.import_module("torchvision")
+    zoo_sequences._vision()
 
 
 def by_hand(module: nn.Module, data: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
@@ -226,7 +223,21 @@ def test_torchvisions_resnet18_has_plain_torchs_meta_gradient(vision: None) -> N
         assert float((got[name] - g).abs().max()) <= 1e-9 * largest, name
 
 
-def test_a_named_head_is_what_features_reach(vision: None) -> None:
+def test_a_named_last_layer_becomes_the_head_and_nothing_else_changes(own: str) -> None:
+    torch.manual_seed(0)
+    plain = spec(own).build((3, 8, 8), 5)
+    torch.manual_seed(0)
+    model = functional(replace(spec(own), head="4").build((3, 8, 8), 5))
+    x = torch.randn(4, 3, 8, 8)
+    theta = model.params()
+    assert sorted(theta) == ["body.0.bias", "body.0.weight", "head.bias", "head.weight"]
+    torch.testing.assert_close(model(theta, x), plain(x))
+    torch.testing.assert_close(model.features(theta, x), nn.Sequential(*list(plain)[:4])(x))
+    with pytest.raises(ValueError, match=f"head='1' is not the last layer of {own}.twice"):
+        Constructor(f"{own}.twice", head="1").build((3, 8, 8), 5)
+
+
+def test_torchvisions_named_head_is_what_features_reach(vision: None) -> None:
     torch.manual_seed(0)
     plain = Constructor("torchvision.models.resnet18").build((3, 32, 32), 3)
     torch.manual_seed(0)

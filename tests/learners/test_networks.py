@@ -22,7 +22,7 @@ from learners.models.networks import ModelSpec
 from learners.models.resnet12 import ResNet12
 from learners.models.vit import ViT
 from learners.models.wide_resnet import WideResNet
-from learners.objectives.supervised import Supervised
+from learners.objectives.supervised import KEY, Supervised
 from learners.verbs import common_verbs
 
 WAYS, RATE = 3, 0.1
@@ -326,7 +326,6 @@ def test_wrongly_sized_vits_are_refused() -> None:
      (replace(TINY, dropout=0.2, stochastic_depth=0.3), 8)],
 )  # fmt: skip
 def test_drops_are_the_tasks_whatever_state_torchs_generator_is_in(spec: ModelSpec, size: int) -> None:
-    pytest.importorskip("learners.models.draws", reason="draws of a model are not yet the task's")
     torch.manual_seed(1)
     model = functional(spec.build((3, size, size), WAYS).double(), torch.zeros(2, 3, size, size))
     theta, data = pack(model.params(), {}), episode(size)
@@ -334,7 +333,7 @@ def test_drops_are_the_tasks_whatever_state_torchs_generator_is_in(spec: ModelSp
     verb = common_verbs(MAML(RATE, 2), Supervised(model, "cross_entropy"), 1)["gradient"]
 
     def gradient(mode: str, keys: tuple[int, int]) -> Params:
-        run = Execution(mode, backend="aot_eager").run(verb.run, theta, {}, two | {"draws": torch.tensor(keys)})
+        run = Execution(mode, backend="aot_eager").run(verb.run, theta, {}, two | {KEY: torch.tensor(keys)})
         return unpack(run.total).params
 
     loop = gradient("loop", (5, 2**40))

@@ -32,6 +32,7 @@ Table: TypeAlias = dict[str, Any]
 SIZES = {
     "data-free": "--iterations 2 --meta-batch 2 --outer.switch.warmup 1 --outer.switch.patience 1 "
     "--learner.calibration.inversion-steps 1 --learner.calibration.steps 1",
+    "cifar-fs": "--iterations 2 --meta-batch 2 --shard 1 --model.widths 4 4 8 8",
     "miniimagenet": "--iterations 2 --meta-batch 2 --shard 1",
     "omniglot-20way": "--iterations 2 --meta-batch 2 --shard 1",
     "omniglot": "--iterations 2 --meta-batch 4 --shard 2",
@@ -58,6 +59,9 @@ VARIATIONS = {
         "--objective.norm frozen",
         "--policy.name asynchronous",
         "--model.name resnet",
+        "--model.name resnet12 --model.widths 4 4 8 8 --model.block 1",
+        "--model.name wide_resnet --model.depth 10 --model.widen 1",
+        "--model.name vit --model.patch 7 --model.dim 12 --model.depth 2 --model.heads 2",
     ),
     "half-cheetah-direction": ("--control.inner-loss dice", "--task.backend exact"),
 }
@@ -115,7 +119,7 @@ def sizes(name: str) -> list[str]:
 
 def source(name: str, data: Path) -> list[str]:
     """Where a preset's images are."""
-    if name.startswith("miniimagenet") or "tiny-imagenet" in name:
+    if name.startswith(("cifar-fs", "miniimagenet")) or "tiny-imagenet" in name:
         return ["--task.source.folder", str(data / "tiny_imagenet_fewshot.zip")]
     return ["--task.source.folder", str(data / "omniglot")] if "omniglot" in name else []
 

@@ -30,10 +30,14 @@ from learners.algorithms.proto_maml import ProtoMAML
 from learners.algorithms.proto_net import ProtoNet
 from learners.algorithms.reptile import Reptile
 from learners.base import Learner, Outer
+from learners.models.constructor import Constructor
 from learners.models.context import ContextConv4, ContextMLP
 from learners.models.networks import MLP, Conv4, GaussianMLP, ModelSpec
 from learners.models.resnet import ResNet
+from learners.models.resnet12 import ResNet12
 from learners.models.unit import Unit
+from learners.models.vit import ViT
+from learners.models.wide_resnet import WideResNet
 from learners.outer.descent import Descent
 from learners.outer.promp import ProMP
 from learners.outer.trust_region import TrustRegion
@@ -46,7 +50,8 @@ TASKS: dict[str, type] = {
 }  # fmt: skip
 SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
 MODELS: dict[str, type] = {
-    "mlp": MLP, "conv4": Conv4, "resnet": ResNet, "gaussian_mlp": GaussianMLP, "context_mlp": ContextMLP,
+    "mlp": MLP, "conv4": Conv4, "resnet": ResNet, "resnet12": ResNet12, "wide_resnet": WideResNet, "vit": ViT,
+    "constructor": Constructor, "gaussian_mlp": GaussianMLP, "context_mlp": ContextMLP,
     "context_conv4": ContextConv4, "unit": Unit,
 }  # fmt: skip
 LEARNERS: dict[str, type] = {

@@ -4,7 +4,7 @@ memory?
 Every mix of dimension, kernel, stride, groups, dilation, channels and memory format runs forward, backward and double
 backward in processes of their own under glibc's checking malloc, and is compared with float64; for each instruction set
 that the machine has. A case that crashes, hangs or is wrong makes a row of the table; the exit code is 1 where one of
-those fails that the product lets through (`learners.models.convolution.unsafe` says which it does not).
+those fails that the product lets through (`learners.modules.convolution.unsafe` says which it does not).
 
     python -m tests.convolutions                      # everything: some minutes on each instruction set
     python -m tests.convolutions --isa avx2 --short   # a hundred cases, as the suite does
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learners.models.convolution import Call, unsafe
+from learners.modules.convolution import Call, unsafe
 
 # As the environment names them: oneDNN's ceiling, and torch's own kernels'.
 INSTRUCTION_SETS = {

@@ -56,12 +56,12 @@ FLOORS: dict[str, dict[str, tuple[str, ...]]] = {
         "cli": ("commands",), "train": ("cli",),
     },
     "learners": {
-        "base": (), "engine": ("base",), "inner": ("base", "engine"), "models": ("base", "engine"),
-        "objectives": ("base", "engine", "inner", "models"),
-        "algorithms": ("base", "engine", "inner", "models", "objectives"),
+        "base": (), "engine": ("base",), "inner": ("base", "engine"), "modules": ("base", "engine"),
+        "models": ("modules",), "objectives": ("base", "engine", "inner", "modules"),
+        "algorithms": ("base", "engine", "inner", "modules", "models", "objectives"),
         "outer": ("base", "engine", "inner", "objectives"),
         "verbs": ("base", "objectives"),
-        "purer": ("base", "engine", "inner", "models", "objectives", "algorithms", "outer"),
+        "purer": ("base", "engine", "inner", "modules", "models", "objectives", "algorithms", "outer"),
     },
     "envs": {
         "base": (), "store": (), "sinusoid": ("base",), "images": ("base", "store"), "control": ("base",),

@@ -37,9 +37,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from learners.algorithms.maml import MAML
 from learners.base import Params, pack, unpack
 from learners.engine.execution import Execution, Mode
-from learners.models.draws import QUERY as DRAWS_OF_QUERY
-from learners.models.draws import Drawing, Draws
-from learners.models.functional import functional
+from learners.modules.draws import QUERY as DRAWS_OF_QUERY
+from learners.modules.draws import Drawing, Draws
+from learners.modules.functional import functional
 from learners.objectives.supervised import KEY, Supervised
 from learners.verbs import common_verbs
 from tests.zoo_case import Case, Inputs

@@ -20,7 +20,7 @@ from learners.engine import tree
 from learners.engine.derivative import Kind, Tape
 from learners.engine.execution import Execution
 from learners.inner import InnerLoop
-from learners.models.functional import Functional, functional
+from learners.modules.functional import Functional, functional
 from learners.objectives.control import Control
 from learners.objectives.supervised import Supervised
 

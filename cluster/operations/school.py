@@ -25,9 +25,9 @@ from envs.images.data_free import Lessons
 from envs.images.episodes import Episodes
 from learners.algorithms.maml import MAML
 from learners.base import pack
-from learners.models.functional import Functional, functional
 from learners.models.networks import Conv4, ModelSpec
 from learners.models.resnet import ResNet
+from learners.modules.functional import Functional, functional
 from learners.objectives.supervised import Supervised
 from learners.purer.schooling import School, Schooling
 

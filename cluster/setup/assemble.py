@@ -16,8 +16,8 @@ from learners.algorithms.proto_maml import ProtoMAML
 from learners.algorithms.proto_net import ProtoNet
 from learners.base import Objective, Params
 from learners.inner import single_loss
-from learners.models.functional import Functional
 from learners.models.networks import Gaussian
+from learners.modules.functional import Functional
 from learners.objectives.control import Control
 from learners.objectives.recording import Rollouts
 from learners.objectives.supervised import Supervised

@@ -13,7 +13,7 @@ from cluster.setup.teachers import TeacherPool
 from envs.base import TaskFamily
 from envs.images.data_free import DataFree
 from learners.base import Objective, Params
-from learners.models.functional import Functional
+from learners.modules.functional import Functional
 from learners.purer.objective import DataFree as DataFreeObjective
 from learners.purer.outer import Purer
 

@@ -16,8 +16,8 @@ from envs.base import TaskFamily
 from envs.sinusoid import Sinusoid
 from learners.algorithms.maml import MAML
 from learners.base import Learner, Outer
-from learners.models.functional import Functional, functional
 from learners.models.networks import MLP, ModelSpec
+from learners.modules.functional import Functional, functional
 from learners.objectives.policy_gradient import InnerLoss
 from learners.objectives.supervised import NormMode
 from learners.outer.descent import Descent

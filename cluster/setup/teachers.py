@@ -24,8 +24,8 @@ from cluster.setup.catalog import MODELS
 from cluster.setup.tables import from_table, named
 from learners.base import Params
 from learners.models.constructor import Constructor
-from learners.models.functional import Functional, functional
 from learners.models.networks import ModelSpec
+from learners.modules.functional import Functional, functional
 from learners.purer.inversion import Teacher
 
 INDEX = "teachers.toml"

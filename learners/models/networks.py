@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from learners.models import normalisation
+from learners.modules import normalisation
 
 log = logging.getLogger("metafleet")
 

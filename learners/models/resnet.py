@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from learners.models.networks import SpatialMean
-from learners.models.normalisation import BatchNorm
+from learners.modules.normalisation import BatchNorm
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learners.models.drop import StochasticDepth, rate
+from learners.modules.drop import StochasticDepth, rate
 
 
 class Patches(nn.Module):

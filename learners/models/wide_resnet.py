@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from learners.models.drop import rate
 from learners.models.networks import SpatialMean
-from learners.models.normalisation import BatchNorm
+from learners.modules.drop import rate
+from learners.modules.normalisation import BatchNorm
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from learners.base import Params
-from learners.models.functional import Functional
+from learners.modules.functional import Functional
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Act: TypeAlias = Callable[[Array, Array, Array], Array]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from learners.base import Data, Learner, Meta, Metrics, Params
-from learners.models.functional import Functional
+from learners.modules.functional import Functional
 from learners.objectives import policy_gradient
 from learners.objectives.policy_gradient import InnerLoss
 from learners.objectives.recording import Recorder, Rollouts

@@ -16,7 +16,7 @@ from learners.base import GROUP, SEED, Data, Learner, Meta, Objective, Params
 from learners.engine import tree
 from learners.engine.derivative import differentiate
 from learners.inner import partition
-from learners.models.functional import Functional
+from learners.modules.functional import Functional
 from learners.objectives import policy_gradient
 from learners.objectives.acting import Act, Actors, Array
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from envs.base import Arrays
 from learners.base import Data, Metrics, Params
 from learners.engine import tree
-from learners.models.draws import QUERY, Draws
-from learners.models.functional import Functional, Inputs
-from learners.models.normalisation import BATCH, Statistics
+from learners.modules.draws import QUERY, Draws
+from learners.modules.functional import Functional, Inputs
+from learners.modules.normalisation import BATCH, Statistics
 from learners.objectives.losses import LOSSES, CrossEntropy, Loss, Measure
 
 NormMode = Literal["transductive", "support_plus_one", "support_statistics", "frozen"]

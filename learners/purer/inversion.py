@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learners.base import Metrics, Params
-from learners.models.functional import Functional
-from learners.models.normalisation import Statistics
+from learners.modules.functional import Functional
+from learners.modules.normalisation import Statistics
 
 FROZEN = Statistics("frozen")
 

@@ -13,8 +13,8 @@ from envs.base import Arrays
 from learners.base import Data, Learner, Meta, Objective, Params, Reduce, Share, Verb, Verbs
 from learners.engine.derivative import differentiate_with
 from learners.engine.optimisers import SGD, Adam, Optimiser, clip_by_norm
-from learners.models.functional import Functional
-from learners.models.normalisation import BATCH
+from learners.modules.functional import Functional
+from learners.modules.normalisation import BATCH
 from learners.purer.inversion import FROZEN
 
 MOMENTUM = 0.1  # of running statistics, as in torch

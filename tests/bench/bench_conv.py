@@ -13,8 +13,8 @@ from learners.algorithms.maml import MAML
 from learners.base import pack
 from learners.engine.execution import Execution
 from learners.engine.memory import channels_last
-from learners.models.functional import functional
 from learners.models.networks import Conv4
+from learners.modules.functional import functional
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 from tests.bench.timing import machine, medians, quiet, ratios

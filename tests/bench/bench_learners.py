@@ -24,8 +24,8 @@ from learners.algorithms.meta_sgd import MetaSGD
 from learners.algorithms.reptile import Reptile
 from learners.base import Data, Learner, pack
 from learners.engine.execution import Execution, Mode
-from learners.models.functional import Functional, functional
 from learners.models.networks import MLP, Conv4, ModelSpec
+from learners.modules.functional import Functional, functional
 from learners.objectives.attack import Attack
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs

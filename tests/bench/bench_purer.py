@@ -24,10 +24,10 @@ from cluster.setup import config
 from envs.images.data_free import DataFree
 from learners.base import pack
 from learners.engine.optimisers import Adam
-from learners.models import normalisation
-from learners.models.functional import functional
 from learners.models.networks import Conv4
 from learners.models.resnet import ResNet
+from learners.modules import normalisation
+from learners.modules.functional import functional
 from learners.purer.inversion import Teacher
 from learners.purer.objective import DataFree as Objective
 from tests.bench.timing import machine, medians, quiet

@@ -16,8 +16,8 @@ from envs.control.bodies import BODIES, GOALS, BodyName, load
 from envs.control.planar import PlanarWorld
 from envs.control.rollout import collect
 from envs.control.world import LocomotionWorld
-from learners.models.functional import functional
 from learners.models.networks import GaussianMLP
+from learners.modules.functional import functional
 from learners.objectives.control import Control
 from tests.bench.timing import machine, medians, quiet
 

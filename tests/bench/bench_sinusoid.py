@@ -12,8 +12,8 @@ from torch.func import functional_call
 from learners.algorithms.maml import MAML
 from learners.base import pack
 from learners.engine.execution import Execution
-from learners.models.functional import functional
 from learners.models.networks import MLP
+from learners.modules.functional import functional
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 from tests.bench.timing import machine, medians, quiet, ratios

@@ -17,7 +17,7 @@ from learners.algorithms.adversarial_querying import AdversarialQuerying
 from learners.algorithms.maml import MAML
 from learners.base import Data, Learner, Meta, Params, pack, unpack
 from learners.engine.execution import Execution
-from learners.models.functional import functional
+from learners.modules.functional import functional
 from learners.objectives.attack import Attack, SupportAttacked, attacked_query
 from learners.objectives.robustness import Robustness
 from learners.objectives.supervised import Supervised

@@ -15,8 +15,8 @@ from torch.func import functional_call
 from learners.algorithms.maml import MAML
 from learners.base import Data
 from learners.engine.execution import Execution
-from learners.models.convolution import PatchConv
-from learners.models.functional import Functional, functional
+from learners.modules.convolution import PatchConv
+from learners.modules.functional import Functional, functional
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 

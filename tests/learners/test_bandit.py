@@ -15,7 +15,7 @@ from torch import nn
 
 from learners.algorithms.maml import MAML
 from learners.base import Data, Meta, Params
-from learners.models.functional import Functional, functional
+from learners.modules.functional import Functional, functional
 from learners.objectives.control import Control
 from learners.objectives.policy_gradient import InnerLoss, inner_loss
 

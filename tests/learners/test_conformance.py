@@ -47,9 +47,9 @@ from learners.algorithms.reptile import Reptile
 from learners.base import Data, Learner, Meta, Params, Sum, pack
 from learners.engine.execution import Execution
 from learners.inner import InnerLoop
-from learners.models.functional import functional
 from learners.models.networks import MLP, Conv4
 from learners.models.unit import Unit
+from learners.modules.functional import functional
 from learners.objectives.attack import Attack
 from learners.objectives.robustness import Robustness
 from learners.objectives.supervised import Supervised

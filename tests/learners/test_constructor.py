@@ -19,7 +19,7 @@ from learners.algorithms.maml import MAML
 from learners.base import pack, unpack
 from learners.engine.execution import Execution
 from learners.models.constructor import Constructor, located
-from learners.models.functional import functional
+from learners.modules.functional import functional
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 from tests import zoo_sequences

@@ -10,8 +10,8 @@ from learners.algorithms.maml import MAML
 from learners.base import Data, Meta, Params, pack, unpack
 from learners.engine import tree
 from learners.engine.execution import Execution
-from learners.models.functional import functional
 from learners.models.networks import GaussianMLP
+from learners.modules.functional import functional
 from learners.objectives import policy_gradient as pg
 from learners.objectives.control import Control
 from learners.outer.trust_region import TrustRegion

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learners.engine.derivative import transforms
-from learners.models.convolution import Call, PatchConv, PointwiseConv, unsafe
-from learners.models.functional import functional
 from learners.models.resnet import ResNet
+from learners.modules.convolution import Call, PatchConv, PointwiseConv, unsafe
+from learners.modules.functional import functional
 from tests import convolutions
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_a_resnet_of_few_channels_trains_under_the_checking_malloc() -> None:
         pytest.skip("this processor has no AVX2")
     program = """
 import torch
-from learners.models.functional import functional
+from learners.modules.functional import functional
 from learners.models.resnet import ResNet
 model = functional(ResNet(10, 4).build((3, 16, 16), 5))
 for _ in range(20):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from learners.algorithms.maml import MAML
 from learners.base import Data
 from learners.engine.execution import Execution
-from learners.models.draws import Draws
-from learners.models.functional import functional
+from learners.modules.draws import Draws
+from learners.modules.functional import functional
 from learners.objectives.supervised import KEY, Supervised
 from learners.verbs import common_verbs
 

@@ -15,8 +15,8 @@ from learners.algorithms.maml import MAML
 from learners.algorithms.reptile import Reptile
 from learners.base import Meta, pack
 from learners.engine.execution import Execution
-from learners.models.functional import functional
 from learners.models.networks import MLP
+from learners.modules.functional import functional
 from learners.objectives.supervised import Supervised
 from learners.outer.descent import Descent
 from learners.verbs import common_verbs

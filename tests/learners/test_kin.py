@@ -25,10 +25,10 @@ from learners.algorithms.proto_net import ProtoNet
 from learners.base import Data, Learner, Meta, Params, pack, unpack
 from learners.engine.execution import Execution
 from learners.models.context import ContextConv4, ContextMLP
-from learners.models.functional import Functional, functional
 from learners.models.networks import MLP, Conv4
 from learners.models.resnet import ResNet
 from learners.models.unit import Unit, UnitFeatures
+from learners.modules.functional import Functional, functional
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 

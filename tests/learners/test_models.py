@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from learners.models.convolution import PatchConv
-from learners.models.functional import Functional, functional
 from learners.models.networks import MLP, Conv4
-from learners.models.normalisation import BatchNorm, Normalising, Statistics, normalising
+from learners.modules.convolution import PatchConv
+from learners.modules.functional import Functional, functional
+from learners.modules.normalisation import BatchNorm, Normalising, Statistics, normalising
 from learners.objectives.supervised import Supervised
 
 pytestmark = pytest.mark.kernels

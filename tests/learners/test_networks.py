@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from learners.algorithms.maml import MAML
 from learners.base import Data, Params, pack, unpack
 from learners.engine.execution import Execution
-from learners.models.drop import DropBlock, StochasticDepth
-from learners.models.functional import functional
 from learners.models.networks import ModelSpec
 from learners.models.resnet12 import ResNet12
 from learners.models.vit import ViT
 from learners.models.wide_resnet import WideResNet
+from learners.modules.drop import DropBlock, StochasticDepth
+from learners.modules.functional import functional
 from learners.objectives.supervised import KEY, Supervised
 from learners.verbs import common_verbs
 

@@ -15,9 +15,9 @@ from learners.algorithms.maml import MAML
 from learners.algorithms.proto_net import ProtoNet
 from learners.base import Meta, pack
 from learners.engine.derivative import differentiate
-from learners.models.functional import functional
 from learners.models.networks import MLP, Conv4
-from learners.models.normalisation import BATCH, BatchNorm
+from learners.modules.functional import functional
+from learners.modules.normalisation import BATCH, BatchNorm
 from learners.purer.calibration import Calibration, DataFreeMAML, contrastive
 from learners.purer.curriculum import Switch
 from learners.purer.inversion import FROZEN, Inversion, Teacher, feature_distance, norm, roll, total_variation

@@ -10,8 +10,8 @@ from torch import nn
 from learners.algorithms.maml import MAML
 from learners.base import Data, Meta, Params, pack, unpack
 from learners.engine.execution import Execution
-from learners.models.functional import Functional, functional
-from learners.models.normalisation import BatchNorm
+from learners.modules.functional import Functional, functional
+from learners.modules.normalisation import BatchNorm
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 

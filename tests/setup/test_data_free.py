@@ -32,9 +32,9 @@ from envs.images.data_free import DataFree
 from envs.images.glyphs import Glyphs
 from learners.algorithms.maml import MAML
 from learners.base import Meta, Sum, pack
-from learners.models.functional import functional
 from learners.models.networks import Conv4
 from learners.models.resnet import ResNet
+from learners.modules.functional import functional
 from learners.objectives.robustness import Robustness
 from learners.outer.descent import Descent
 from learners.purer.calibration import Calibration, DataFreeMAML

@@ -16,10 +16,10 @@ from learners.base import Params
 from learners.engine.derivative import transformed
 from learners.engine.memory import channels_last
 from learners.engine.tree import leaves, mapped
-from learners.models.draws import Drawing, Draws, Still
-from learners.models.normalisation import BATCH, BatchNorm, Normalising, Statistics, normalising
-from learners.models.specialise import specialise
-from learners.models.trial import Findings, called, differentiable_attention, tried
+from learners.modules.draws import Drawing, Draws, Still
+from learners.modules.normalisation import BATCH, BatchNorm, Normalising, Statistics, normalising
+from learners.modules.specialise import specialise
+from learners.modules.trial import Findings, called, differentiable_attention, tried
 
 log = logging.getLogger("metafleet")
 
@@ -224,7 +224,7 @@ def functional(
     layout.
 
     dropout: "task" — masks, and whatever else the module draws in training mode, are a function of the task and the
-    inner step, the same on any fleet, and off in evaluation (`learners.models.draws`);  "off" — never.
+    inner step, the same on any fleet, and off in evaluation (`learners.modules.draws`);  "off" — never.
 
     Raises ValueError for a module that draws otherwise or keeps state between calls, since an inner loop must be a
     function of its arguments; and for convolutions inside a `forward` that torch computes out of bounds. These show

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from learners.models.convolution import PatchConv, PointwiseConv, is_plain
-from learners.models.normalisation import BatchNorm
-from learners.models.recurrent import Recurrent
+from learners.modules.convolution import PatchConv, PointwiseConv, is_plain
+from learners.modules.normalisation import BatchNorm
+from learners.modules.recurrent import Recurrent
 
 
 def specialise(module: nn.Module, channels_last: bool) -> tuple[nn.Module, list[str]]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from learners.models.attention import attention_with
+from learners.modules.attention import attention_with
 
 WORD = (1 << 32) - 1
 QUERY = -1

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from learners.engine.derivative import transformed
 from learners.engine.tree import leaves, mapped
-from learners.models.convolution import SafeCalls
-from learners.models.draws import Drawing, Draws, Still
+from learners.modules.convolution import SafeCalls
+from learners.modules.draws import Drawing, Draws, Still
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Findings:
     """What a dry run has shown."""
 
     draws: bool = False
-    """Draws random numbers in training, which `learners.models.draws` gives it."""
+    """Draws random numbers in training, which `learners.modules.draws` gives it."""
     attends: bool = False
     """Calls fused attention, whose kernels have no second derivative."""
 

@@ -38,7 +38,9 @@ class TaskDistribution(Protocol):
 
     A task is a pure function of (split, generator): `sample` returns every array of it, and all tasks of a split
     have equal keys, shapes and dtypes, so that they stack. Supervised tasks use the keys `support_x`, `support_y`,
-    `query_x`, `query_y`; a task without a query set (Reptile's training) leaves the last two out.
+    `query_x`, `query_y`; a task without a query set (Reptile's training) leaves the last two out. Support and query
+    sets may differ in size from task to task: those of a shard are padded, and masked in sums and measures. Where ways
+    differ, `class_mask` [C] says which of the model's C classes a task has.
     """
 
     def sample(self, split: str, rng: np.random.Generator) -> Arrays:

@@ -6,12 +6,12 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cluster.fleet import wire
 from cluster.fleet.machine import set_up_torch
 from cluster.fleet.messages import Assignment, Broadcast
+from cluster.fleet.padding import stacked
 from cluster.fleet.recipe import Recipe
 from learners.base import Data, Fixed, Params, Verb
 from learners.engine.execution import Execution
@@ -100,7 +100,7 @@ class Worker:
         key = (verb.draw, a.split, a.start, a.stop)
         if key not in self._shards:
             tasks = [self.recipe.task(a.split, i, verb) for i in range(a.start, a.stop)]
-            self._shards[key] = self.recipe.tensors({k: np.stack([t[k] for t in tasks]) for k in tasks[0]})
+            self._shards[key] = self.recipe.tensors(stacked(tasks))
             if len(self._shards) > REMEMBERED_SHARDS:
                 self._shards.popitem(last=False)
         return self._shards[key]

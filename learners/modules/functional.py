@@ -106,13 +106,15 @@ class Functional:
         """
         return self._called(params, x, Normalising(statistics, real=real), draws)
 
-    def observe(self, params: Params, x: Inputs, statistics: Statistics) -> Params:
+    def observe(self, params: Params, x: Inputs, statistics: Statistics, real: Tensor | None = None) -> Params:
         """Mean and biased variance of what reaches each BatchNorm layer, under the names of `running()`."""
-        return self.inspect(params, x, statistics)[1]
+        return self.inspect(params, x, statistics, real)[1]
 
-    def inspect(self, params: Params, x: Inputs, statistics: Statistics) -> tuple[Any, Params]:
+    def inspect(
+        self, params: Params, x: Inputs, statistics: Statistics, real: Tensor | None = None
+    ) -> tuple[Any, Params]:
         """Outputs, and what `observe` gives, of one forward pass; both can be differentiated."""
-        how = Normalising(statistics, seen={})
+        how = Normalising(statistics, seen={}, real=real)
         y, seen = self._called(params, x, how, None), how.seen or {}
         moments = {name: seen[norm] for name, norm in self._norms.items() if norm in seen}
         return y, {f"{name}.{key}": v for name, pair in moments.items() for key, v in zip(_OBSERVED, pair, strict=True)}

@@ -91,11 +91,23 @@ def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weighted(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of the examples whose weight [n] is 1, among others whose weight is 0;  x [n, channels, L]."""
-    weight = weight.to(x.dtype)[:, None, None]
-    total = weight.sum() * x.shape[2]
-    mean = (x * weight).sum((0, 2)) / total
-    return mean, ((x - mean[:, None]).square() * weight).sum((0, 2)) / total
+    """Moments of the examples whose weight [groups, n] is 1, among others whose weight is 0;  x [groups, n, channels,
+    L], the moments [groups, channels].
+    """
+    weight = weight.to(x.dtype)[:, :, None, None]
+    total = weight.sum(1)[:, :, 0] * x.shape[3]
+    mean = (x * weight).sum((1, 3)) / total
+    return mean, ((x - mean[:, None, :, None]).square() * weight).sum((1, 3)) / total
+
+
+def _known_moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = _weighted(x[None], weight[None])
+    return mean[0], var[0]
+
+
+def _by_example(v: Tensor, examples: int) -> Tensor:
+    """[n, channels, L] from the same, or from rows [n · L, channels]."""
+    return v.view(examples, -1, v.shape[1]).transpose(1, 2) if v.ndim == 2 else v
 
 
 def _axes(x: Tensor) -> list[int]:
@@ -208,7 +220,9 @@ class BatchNorm(nn.Module):
         how = call.statistics
         if self.constant or how.source == "frozen":
             if call.seen is not None:
-                call.seen[self] = _moments(v)
+                call.seen[self] = (
+                    _moments(v) if call.real is None else _known_moments(_by_example(v, examples), call.real)
+                )
             return _affine(v, self.get_buffer("running_mean"), self.get_buffer("running_var"), w, b, self.eps)
         among = how.reference if how.source == "first" else examples // how.groups
         if v.numel() // channels // examples * among == 1:
@@ -235,11 +249,14 @@ class BatchNorm(nn.Module):
     def _without_padding(self, v: Tensor, examples: int, call: Normalising, w: Tensor, b: Tensor) -> Tensor:
         how, real = call.statistics, call.real
         assert real is not None
-        if how.groups > 1:
-            raise ValueError("norm 'support_plus_one' is not for padded tasks: 'support_statistics' wanted")
-        each = v.view(examples, -1, v.shape[1]).transpose(1, 2) if v.ndim == 2 else v  # [n, channels, L]
-        known = how.reference if how.source == "first" else examples
-        mean, var = _weighted(each[:known], real[:known])
-        if call.seen is not None:
-            call.seen[self] = (mean, var)
-        return _affine(v, mean, var, w, b, self.eps)
+        each = _by_example(v, examples)
+        known, grouped = (how.reference, 1) if how.source == "first" else (examples, how.groups)
+        mean, var = _weighted(each[:known].reshape(grouped, -1, *each.shape[1:]), real[:known].view(grouped, -1))
+        if grouped == 1:
+            if call.seen is not None:
+                call.seen[self] = (mean[0], var[0])
+            return _affine(v, mean[0], var[0], w, b, self.eps)
+        scale = w * (var + self.eps).rsqrt()  # [groups, channels]
+        centred = each.reshape(grouped, -1, *each.shape[1:]) - mean[:, None, :, None]
+        y: Tensor = (centred * scale[:, None, :, None] + b[:, None]).flatten(0, 1)
+        return y.transpose(1, 2).reshape(v.shape) if v.ndim == 2 else y

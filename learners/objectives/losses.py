@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -140,21 +140,16 @@ class CrossEntropy:
         counted = (target != IGNORED).to(each.dtype)
         if weight is not None:
             counted = counted * weight[target.clamp(min=0)]
-        mask = _along(mask, each)
-        value: Tensor = (each * mask).sum() / (counted * mask).sum()
-        return value
+        return torch.div(_known(each, mask).sum(), _known(counted, mask).sum())
 
-    def summed(self, output: Any, target: Any, support: int, mask: Tensor | None = None) -> Tensor:
-        """Σ over examples (each the mean over its positions) divided by shots, the examples per way of a support set:
-        cbfinn's scale (`Supervised.scale`).
-        """
+    def summed(self, output: Any, target: Any, shots: float | Tensor, mask: Tensor | None = None) -> Tensor:
+        """Σ over examples (each the mean over its positions) divided by shots: cbfinn's scale (`Supervised.scale`)."""
         output = one_tensor(output, self.name)
-        target, shots = labels(output, target), support / output.shape[1]
-        if mask is not None:
-            return torch.mul(self(output, target, mask), mask.sum() / shots)
+        target = labels(output, target)
         weight, positions = self._weight(output), output[0, 0].numel()
-        total = F.cross_entropy(output, target, weight, reduction="sum", label_smoothing=self.label_smoothing)
-        return torch.div(total, shots * positions)
+        how: Literal["sum", "none"] = "sum" if mask is None else "none"
+        total = F.cross_entropy(output, target, weight, reduction=how, label_smoothing=self.label_smoothing)
+        return torch.div(total if mask is None else _known(total, mask).sum(), shots * positions)
 
     def measures(self) -> Mapping[str, Measure]:
         return {"accuracy": accuracy, "loss": CrossEntropy()}
@@ -199,7 +194,7 @@ def accuracy(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
     right = (output.argmax(1) == truth).to(output.dtype)
     counted = (truth != IGNORED).to(output.dtype)
     if mask is not None:
-        counted = counted * _along(mask, counted)
+        counted = _known(counted, mask)
     return torch.div((right * counted).sum(), counted.sum())
 
 
@@ -212,8 +207,9 @@ def binary_accuracy(output: Any, target: Any, mask: Tensor | None = None) -> Ten
 def f1(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
     """2 TP / (2 TP + FP + FN) over all labels of the task; 0 where none is there and none is predicted."""
     output = _same_shape(output, target, "f1")
-    there = torch.ones_like(output) if mask is None else _along(mask, output).expand(output.shape)
-    said, true = (output > 0).to(output.dtype) * there, (target > 0.5).to(output.dtype) * there
+    said, true = (output > 0).to(output.dtype), (target > 0.5).to(output.dtype)
+    if mask is not None:
+        said, true = _known(said, mask), _known(true, mask)
     return torch.div(2 * (said * true).sum(), (said.sum() + true.sum()).clamp(min=1))
 
 
@@ -221,8 +217,7 @@ def mean(each: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of values [n, …] over the examples that are there."""
     if mask is None:
         return each.mean()
-    mask = _along(mask, each)
-    return (each * mask).sum() / (mask.sum() * (each.numel() // each.shape[0]))
+    return torch.div(_known(each, mask).sum(), mask.to(each.dtype).sum() * (each.numel() // each.shape[0]))
 
 
 def one_tensor(output: Any, what: str) -> Tensor:
@@ -266,5 +261,6 @@ def _same_shape(output: Any, target: Tensor, what: str) -> Tensor:
     return one
 
 
-def _along(mask: Tensor, values: Tensor) -> Tensor:
-    return mask.to(values.dtype).view(-1, *(1 for _ in values.shape[1:]))
+def _known(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [n, …], 0 for padding, whatever stood there."""
+    return torch.where(mask.bool().view(-1, *(1 for _ in values.shape[1:])), values, 0)

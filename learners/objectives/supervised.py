@@ -17,7 +17,7 @@ from learners.engine import tree
 from learners.modules.draws import QUERY, Draws
 from learners.modules.functional import Functional, Inputs
 from learners.modules.normalisation import BATCH, Statistics
-from learners.objectives.losses import LOSSES, CrossEntropy, Loss, Measure
+from learners.objectives.losses import LOSSES, CrossEntropy, Loss, Measure, one_tensor
 
 NormMode = Literal["transductive", "support_plus_one", "support_statistics", "frozen"]
 
@@ -157,7 +157,8 @@ class Supervised:
         if self.norm != "frozen":
             return {}
         with torch.no_grad():
-            seen = self.model.observe(params, given(data, "support_x"), Statistics("frozen"))
+            x, real = given(data, "support_x"), data.get("support_mask")
+            seen = self.model.observe(params, x, Statistics("frozen"), real)
         return {k: torch.lerp(params[k], v, self.momentum).detach() for k, v in seen.items()}
 
     def to(self, device: str) -> Supervised:
@@ -183,23 +184,22 @@ class Supervised:
             return self.model(params, x, BATCH, draws=draws, real=real)
         if self.norm == "frozen":
             return self.model(params, x, Statistics("frozen"), draws=draws)
-        context = given(data, "support_x")
-        size = len(tree.leaves(context)[0])
+        context, known = given(data, "support_x"), data.get("support_mask")
+        size, count = len(tree.leaves(context)[0]), len(tree.leaves(x)[0])
         if self.norm == "support_statistics":
-            both = _joined(context, x)
-            known = data.get("support_mask")
-            if known is not None:
-                known = torch.cat([known, known.new_ones(len(tree.leaves(x)[0]))])
-            y = self.model(params, both, Statistics("first", reference=size), draws=draws, real=known)
+            both, rows = _joined(context, x), Statistics("first", reference=size)
+            y = self.model(params, both, rows, draws=draws, real=_and_more(known, count))
             return tree.mapped(lambda v: v[size:], y)
-        count, at_once = len(tree.leaves(x)[0]), max(1, ROWS_AT_ONCE // (size + 1))
+        at_once = max(1, ROWS_AT_ONCE // (size + 1))
         parts = [
-            self._one_by_one(params, context, _rows(x, i, i + at_once), draws, real) for i in range(0, count, at_once)
+            self._one_by_one(params, context, _rows(x, i, i + at_once), draws, known) for i in range(0, count, at_once)
         ]
         return tree.joined(parts)
 
-    def _one_by_one(self, params: Params, context: Inputs, x: Inputs, draws: Draws | None, real: Tensor | None) -> Any:
+    def _one_by_one(self, params: Params, context: Inputs, x: Inputs, draws: Draws | None, known: Tensor | None) -> Any:
         n, size = len(tree.leaves(x)[0]), len(tree.leaves(context)[0]) + 1
+        known = _and_more(known, 1)
+        real = None if known is None else known.expand(n, size).flatten()
         groups = _joined(
             tree.mapped(lambda v: v.expand(n, *v.shape), context), tree.mapped(lambda v: v.unsqueeze(1), x), 1
         )  # [n, |S|+1, …]
@@ -208,16 +208,17 @@ class Supervised:
         return tree.mapped(lambda v: v.view(n, size, *v.shape[1:])[:, -1], y)
 
     def _loss(self, output: Any, target: Any, data: Data, mask: Tensor | None) -> Tensor:
-        output, criterion = _of_classes(output, data), self.criterion
+        criterion = self.criterion
+        output = _of_classes(output, data, criterion)
         if self.scale == "sum_over_shots" and isinstance(criterion, CrossEntropy):
-            return criterion.summed(output, target, len(tree.leaves(given(data, "support_x"))[0]), mask)
+            return criterion.summed(output, target, _shots(output, data), mask)
         return _scalar(criterion, output, target, mask, "loss")
 
     def _scores(self, params: Params, data: Data) -> Metrics:
         x, target, mask = given(data, "query_x"), given(data, "query_y"), data.get("query_mask")
-        output = _of_classes(self._predicted(params, data, x, None, mask), data)
-        mode = f"_{self.norm}" if self.model.normalises else ""
         criterion = self.criterion
+        output = _of_classes(self._predicted(params, data, x, None, mask), data, criterion)
+        mode = f"_{self.norm}" if self.model.normalises else ""
         measures: Mapping[str, Measure] = criterion.measures() if isinstance(criterion, Loss) else {"loss": criterion}
         if self.measures is not None:
             measures = {**self.measures, "loss": criterion}
@@ -234,8 +235,20 @@ def given(data: Data, name: str) -> Any:
     return parts
 
 
+def _shots(output: Any, data: Data) -> float | Tensor:
+    """Examples per way of a support set, those that are there: the mean over the ways."""
+    known, there = data.get("support_mask"), data.get("class_mask")
+    size = len(tree.leaves(given(data, "support_x"))[0]) if known is None else known.sum()
+    return size / (one_tensor(output, "scale='sum_over_shots'").shape[1] if there is None else there.sum())
+
+
 def _holds(data: Data, name: str) -> bool:
     return name in data or bool(tree.under(name, data))
+
+
+def _and_more(mask: Tensor | None, count: int) -> Tensor | None:
+    """A support set's mask with `count` examples more, which are there."""
+    return None if mask is None else torch.cat([mask, mask.new_ones(count)])
 
 
 def _rows(x: Inputs, start: int, stop: int) -> Inputs:
@@ -251,11 +264,13 @@ def _joined(a: Inputs, b: Inputs, axis: int = 0) -> Inputs:
     return torch.cat([a, b], axis)
 
 
-def _of_classes(output: Any, data: Data) -> Any:
+def _of_classes(output: Any, data: Data, criterion: Measure) -> Any:
     """Outputs with those of classes that the task has not at −∞."""
     if "class_mask" not in data:
         return output
     absent = ~data["class_mask"].bool()
+    if getattr(criterion, "label_smoothing", 0):
+        raise ValueError("label_smoothing is over all classes, and a task's class_mask leaves some out: 0 wanted")
     if not isinstance(output, Tensor) or output.shape[1] != len(absent):
         seen = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"a class_mask of {len(absent)} classes does not fit outputs {seen}: [n, classes, …] wanted")

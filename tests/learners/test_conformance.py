@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cluster.fleet import wire
 from cluster.fleet.messages import Assignment, Event
+from cluster.fleet.padding import stacked
 from cluster.fleet.pool import LocalPool
 from cluster.fleet.recipe import Recipe
 from cluster.fleet.wire import decode_sum, encode_sum
@@ -26,7 +27,7 @@ from cluster.setup import catalog
 from cluster.training.aggregate import Tree
 from cluster.training.driver import Driver
 from cluster.training.evaluation import Evaluation
-from envs.base import TaskFamily
+from envs.base import Arrays, TaskFamily
 from envs.images.episodes import Episodes
 from envs.images.glyphs import Glyphs
 from envs.sinusoid import Sinusoid
@@ -167,6 +168,40 @@ def test_shapes_are_those_of_theta(world: World, name: str) -> None:
     assert [{k: v.shape for k, v in phi.items()} for phi in path] == [{k: v.shape for k, v in theta.items()}] * 3
     anew = ANEW.get(type(learner), "")
     assert [k for k, v in theta.items() if not torch.equal(path[0][k], v)] == [k for k in theta if fnmatchcase(k, anew)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """The tasks of a family, each without some of its examples, but one of every class."""
+
+    tasks: TaskFamily
+
+    def sample(self, split: str, rng: np.random.Generator) -> Arrays:
+        task = self.tasks.sample(split, rng)
+        for part in ("support", "query"):
+            y = task[f"{part}_y"]
+            kept = rng.random(len(y)) < 0.6
+            kept[np.unique(y, return_index=True)[1][:3]] = True
+            task |= {f"{part}_{kind}": task[f"{part}_{kind}"][kept] for kind in "xy"}
+        return task
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_padded_tasks_are_the_tasks_one_by_one(world: World, name: str, mode: str) -> None:
+    learner = LEARNERS[name]
+    recipe = dataclasses.replace(world.recipe(learner), tasks=Ragged(world.tasks))
+    for verb in ("gradient", "evaluate"):
+        function = recipe.verbs(world.objective)[verb]
+        tasks = [recipe.task("train", i, function) for i in range(3)]
+        assert len({len(t["support_y"]) for t in tasks}) > 1 < len({len(t["query_y"]) for t in tasks})
+        at = pack(*world.meta(learner))
+        together = Execution(mode).run(function.run, at, {}, recipe.tensors(stacked(tasks)))
+        alone = [Execution("loop").run(function.run, at, {}, recipe.tensors(stacked([t]))) for t in tasks]
+        wanted = {k: sum(one.total[k] for one in alone) for k in together.total}
+        torch.testing.assert_close(together.total, wanted, rtol=1e-9, atol=1e-11)
+        rows = {k: torch.cat([one.rows[k] for one in alone]) for k in together.rows}
+        torch.testing.assert_close(together.rows, rows, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -100,8 +100,8 @@ def _weighted(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return mean, ((x - mean[:, None, :, None]).square() * weight).sum((1, 3)) / total
 
 
-def _known_moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    mean, var = _weighted(x[None], weight[None])
+def _known_moments(v: Tensor, examples: int, real: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = _weighted(_by_example(v, examples)[None], real[None])
     return mean[0], var[0]
 
 

@@ -14,6 +14,7 @@ from envs.base import Arrays
 from learners.base import Data, Explores, Gradient, Learner, Meta, Metrics, Objective, Params
 from learners.engine import tree
 from learners.engine.derivative import constant, differentiate, differentiate_with
+from learners.engine.memory import recomputed
 from learners.engine.optimisers import SGD, Optimiser
 
 T = TypeVar("T")
@@ -58,10 +59,14 @@ def descend(
     state = optimiser.init(moving) if state is None else state
     losses: tuple[Tensor, ...] = ()
     yield Point(theta, state, losses)
+
+    def advanced(moving: Params, state: Params, step: int) -> tuple[Params, Params, Tensor]:
+        grads, value = _inner_gradient(lambda p: loss(still | p, step), moving, again)
+        return *optimiser.update(moving, direction(grads, step), state, lr(step)), value
+
     for step in range(steps):
-        grads, value = _inner_gradient(lambda p, step=step: loss(still | p, step), moving, again)  # type: ignore[misc]
+        moving, state, value = (recomputed(advanced) if again else advanced)(moving, state, step)
         losses = (*losses, value)
-        moving, state = optimiser.update(moving, direction(grads, step), state, lr(step))
         # In θ's order of names: what depends on the order (flattening, summing norms) must not depend on `adapts`.
         yield Point({k: moving.get(k, v) for k, v in theta.items()}, state, losses)
 

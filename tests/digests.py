@@ -51,7 +51,7 @@ VARIATIONS = {
         "--execution vmap",
         "--execution compiled",
         "--policy.name asynchronous",
-        "--dtype float64",
+        "--precision float64",
     ),
     "glyphs": (
         "--execution loop",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +15,11 @@ from envs import store
 from envs.base import HasFiles, TaskDistribution
 from learners.engine.memory import keep_freed_memory
 
+Determinism: TypeAlias = Literal["on", "warn", "off"]
+"""Of operations whose bits differ from call to call on a GPU: refused, warned of, or taken."""
 
-def set_up_torch(threads: int, device: str) -> None:
+
+def set_up_torch(threads: int, device: str, deterministic: Determinism = "on") -> None:
     """Threads (torch's and numpy's), memory and determinism, the same in the driver and in every worker."""
     torch.set_num_threads(threads)
     # Ray's workers have few by themselves; processes beside each other would slow each other down
@@ -25,10 +29,10 @@ def set_up_torch(threads: int, device: str) -> None:
         raise ValueError(f"device={device!r}, but this torch sees no CUDA device; device='cpu' works everywhere")
     if device != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may pick another algorithm each time
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(deterministic != "off", warn_only=deterministic == "warn")
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = deterministic == "off"
 
 
 def environment() -> dict[str, str]:

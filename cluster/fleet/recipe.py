@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cluster.fleet import seeds, wire
+from cluster.fleet.machine import Determinism
 from envs.base import HELD_OUT, Arrays, HasFixedTasks, HasGroups, TaskDistribution
 from learners import verbs
 from learners.base import GROUP, Data, Learner, Objective, Outer, Verb
@@ -38,6 +39,8 @@ class Recipe:
     device: str = "cpu"
     threads: int = 1
     compression: wire.Compression = "none"
+    gradient_checkpointing: bool = False
+    deterministic: Determinism = "on"
 
     def summary(self) -> str:
         """One line on what the numbers are of."""

@@ -24,10 +24,10 @@ class Worker:
 
     def __init__(self, recipe: Recipe, name: str, slower: float = 1.0) -> None:
         """`slower`: how many times as long as it needs it takes for everything (by sleeping)."""
-        set_up_torch(recipe.threads, recipe.device)
+        set_up_torch(recipe.threads, recipe.device, recipe.deterministic)
         self.recipe, self.name, self.slower = recipe, name, slower
         self._verbs = recipe.verbs(recipe.objective.to(recipe.device))
-        self._run = Execution(recipe.execution, recipe.chunk)
+        self._run = Execution(recipe.execution, recipe.chunk, recipe.gradient_checkpointing)
         # A verb that runs a few times is not worth compiling.
         self._light = Execution("vmap", recipe.chunk) if recipe.execution == "compiled" else self._run
         self._values: dict[int, Params] = {}

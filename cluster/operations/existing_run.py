@@ -139,7 +139,7 @@ def replay(directory: Place) -> str:
     run = config.load(str(configuration(directory)))
     run.task.prepare()
     parts, params = assemble.recipe(run)
-    set_up_torch(run.threads, run.device)
+    set_up_torch(run.threads, run.device, run.deterministic)
     applied = steps(directory / "journal")
     if not applied:
         raise ValueError(f"{directory} has a journal without a single step")

@@ -49,7 +49,7 @@ def check(run: Run) -> Verdict:
         raise ValueError(
             "check wants tasks with data of their own; those of a data-free run come from its teachers as it goes on"
         )
-    run, _ = resolved(replace(run, dtype="float64", device="cpu", pool="local"))
+    run, _ = resolved(replace(run, precision="float64", device="cpu", pool="local"))
     parts, _ = assemble.recipe(run)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)

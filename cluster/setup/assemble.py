@@ -39,6 +39,7 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
         evaluation_seed=run.evaluation.seed, evaluation_steps=run.evaluation.steps,
         robustness=run.evaluation.robustness if run.evaluation.robustness.eps else None, execution=run.execution,
         chunk=run.chunk, dtype=run.dtype, device=run.device, threads=run.threads, compression=run.compression,
+        gradient_checkpointing=run.gradient_checkpointing, deterministic=run.deterministic,
     )  # fmt: skip
     return parts, params
 

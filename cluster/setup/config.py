@@ -17,6 +17,8 @@ VARIANTS = "runs"
 
 NOTES = ("description", "reference", "extends", "environment")
 """Keys of a TOML file that say something about the run, and are not configuration."""
+RENAMED = {"dtype": "precision"}
+"""Keys of older files, and what they are called now."""
 
 
 def load(name: str, overrides: dict[str, str] | None = None) -> Run:
@@ -44,6 +46,7 @@ def read(name: str, extending: tuple[Place, ...] = ()) -> Table:
         table = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
+    table = {RENAMED.get(key, key): value for key, value in table.items()}
     base = table.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise ValueError(f"{path}: extends={base!r}: a preset's name or a path wanted")

@@ -46,8 +46,8 @@ def assembled(run: Run, task: DataFree, network: Functional) -> tuple[Objective,
     pool = teacher_pool(task)
     if pool.shape != task.inputs:
         raise ValueError(f"the teachers take images of shape {pool.shape}, task.source gives {task.inputs}")
-    if run.dtype != "float32":
-        raise ValueError(f"dtype={run.dtype!r}: teachers are float32, and so are runs that learn from them")
+    if run.precision != "float32":
+        raise ValueError(f"precision={run.precision!r}: teachers are float32, and so are runs that learn from them")
     if task.ways > len(set(pool.names)):
         raise ValueError(f"ways={task.ways} exceeds the {len(set(pool.names))} classes that the teachers know")
     if not isinstance(run.outer, Purer):

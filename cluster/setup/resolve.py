@@ -50,6 +50,8 @@ def _executed(run: Run) -> tuple[Run, str]:
     """With an execution mode, and why."""
     if run.execution != "auto":
         return run, f"execution = {run.execution}, as the run says"
+    if run.gradient_checkpointing:
+        return replace(run, execution="loop"), "execution = loop: gradient checkpointing is for a loop over tasks"
     if run.task.kind == "control":
         return replace(run, execution="loop"), "execution = loop: a policy's batch is large enough by itself"
     if isinstance(run.task, DataFree):

@@ -108,8 +108,14 @@ class Run:
     """How a shard's tasks run; auto decides by rule, never by timing."""
     chunk: int = 0
     """Tasks at a time under vmap; 0: all of a shard."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Precision of parameters and data."""
+    precision: Literal["float32", "float64", "bfloat16-mixed", "bfloat16"] = "float32"
+    """Of θ and data, or of what a model computes in between: products and convolutions of bfloat16 numbers, or all of
+    it; θ, losses and sums are float32 then."""
+    gradient_checkpointing: bool = False
+    """Compute inner steps again when they are differentiated through, rather than keep them: memory of one step instead
+    of all, for about half as much time again; in a loop over tasks only."""
+    deterministic: Literal["on", "warn", "off"] = "on"
+    """On a GPU: refuse operations whose bits differ from call to call, warn of them, or take the fastest."""
     sums: Literal["driver", "fleet"] = "driver"
     """Who adds contributions up: the driver, or the nodes, by the same tree, so that about one sum per node travels to
     it."""
@@ -137,6 +143,8 @@ class Run:
             raise ValueError(f"seed={self.seed}: a number from 0 on wanted")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device={self.device!r}: cpu or cuda wanted")
+        if self.gradient_checkpointing and self.execution not in ("auto", "loop"):
+            raise ValueError(f"gradient_checkpointing with execution={self.execution!r}: it is for a loop over tasks")
         if self.device != "cpu" and self.pool == "ray" and not self.gpus_per_worker:
             raise ValueError(
                 f"device={self.device!r} with gpus_per_worker=0: on Ray a worker sees the GPUs that it reserves; a "
@@ -147,4 +155,11 @@ class Run:
         """The model, initialised from the run's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return functional(self.model.build(self.task.inputs, self.task.outputs), torch.zeros(2, *self.task.inputs))
+            module, example = self.model.build(self.task.inputs, self.task.outputs), torch.zeros(2, *self.task.inputs)
+            half = self.precision if self.precision == "bfloat16" or self.precision == "bfloat16-mixed" else "full"
+            return functional(module, example, precision=half)
+
+    @property
+    def dtype(self) -> Literal["float32", "float64"]:
+        """Of θ and data."""
+        return "float64" if self.precision == "float64" else "float32"

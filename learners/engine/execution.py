@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from learners.base import Data, Fixed, Params, Share, Sum, VerbFunction
 from learners.engine.derivative import transforms
+from learners.engine.memory import recomputing
 
 Mode = Literal["loop", "vmap", "compiled"]
 Stacked = tuple[Params, Tensor, Params]
@@ -26,12 +27,19 @@ Stacked = tuple[Params, Tensor, Params]
 
 @dataclass(frozen=True)
 class Execution:
-    """How a verb runs over the tasks of a shard. `chunk` tasks at a time under vmap (0: all)."""
+    """How a verb runs over the tasks of a shard. `chunk` tasks at a time under vmap (0: all); `checkpointing`: inner
+    steps are computed again rather than kept (`memory.recomputed`), in a loop only.
+    """
 
     mode: Mode
     chunk: int = 0
+    checkpointing: bool = False
     backend: str = "inductor"
     _compiled: dict[object, Callable[..., Stacked]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.checkpointing and self.mode != "loop":
+            raise ValueError(f"gradient_checkpointing is for execution='loop', not {self.mode!r}")
 
     def run(self, task: VerbFunction, at: Params, operand: Params, data: Data) -> Sum:
         """Σ over the stacked tasks of `data`, whose tensors are [tasks, …]."""
@@ -45,7 +53,8 @@ class Execution:
 
     def each(self, tasks: list[Fixed], operand: Params) -> Sum:
         """Σ over tasks of which only the operand was left open."""
-        return _added(_stacked(task(operand)) for task in tasks)
+        with recomputing(self.checkpointing):
+            return _added(_stacked(task(operand)) for task in tasks)
 
     def _batch(self, task: VerbFunction, at: Params, operand: Params, data: Data) -> Stacked:
         batched = _over_tasks(task)

@@ -1,11 +1,41 @@
-"""Memory: the layout of images, and what becomes of freed blocks."""
+"""Memory: the layout of images, what is computed again rather than kept, and what becomes of freed blocks."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+T = TypeVar("T")
+
+_RECOMPUTING: ContextVar[bool] = ContextVar("_RECOMPUTING", default=False)
+
+
+@contextmanager
+def recomputing(on: bool = True) -> Iterator[None]:
+    """Inside, what goes through `recomputed` keeps its arguments only until its derivative is taken."""
+    token = _RECOMPUTING.set(on)
+    try:
+        yield
+    finally:
+        _RECOMPUTING.reset(token)
+
+
+def recomputed(function: Callable[..., T]) -> Callable[..., T]:
+    """`function`; inside `recomputing`, without its intermediate results, which are computed again when they are needed
+    (gradient checkpointing, Chen et al. 2016). The numbers are the same.
+    """
+    if not (_RECOMPUTING.get() and torch.is_grad_enabled()):
+        return function
+
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 def channels_last(tensor: Tensor) -> Tensor:

@@ -26,19 +26,12 @@ def attention_with(
     """softmax(q kᵀ/√d + mask) with `drop` on it, times v, per head (Vaswani et al. 2017, §3.2); arguments, shapes
     [length, batch, width] (or without batch) and results as torch's.
 
-    Raises ValueError for biases of keys, an added zero key, and static keys where there is dropout.
+    Raises ValueError for biases of keys, an added zero key, and static keys.
     """
-    if not training or dropout_p == 0:
-        return F.multi_head_attention_forward(
-            query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v,
-            add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training, key_padding_mask, need_weights,
-            attn_mask, use_separate_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight, static_k, static_v,
-            average_attn_weights, is_causal,
-        )  # fmt: skip
     if bias_k is not None or add_zero_attn or static_k is not None or static_v is not None:
         raise ValueError(
-            f"MultiheadAttention with dropout={dropout_p} and bias_k, add_zero_attn or static keys: without these, or "
-            "with dropout=0, wanted"
+            f"MultiheadAttention with bias_k, add_zero_attn or static keys, and dropout={dropout_p} or bfloat16: "
+            "without these, or with dropout=0 in full precision, wanted"
         )
     batched = query.ndim == 3
     q, k, v = (x if batched else x.unsqueeze(1) for x in (query, key, value))
@@ -56,7 +49,7 @@ def attention_with(
     if key_padding_mask is not None:
         padding = _additive(key_padding_mask, scores)
         scores = scores + (padding if batched else padding.unsqueeze(0))[:, None, None, :]
-    attention = drop(scores.softmax(-1), dropout_p)
+    attention = drop(scores.softmax(-1), dropout_p if training else 0.0)
     mixed = (attention @ heads[2]).permute(2, 0, 1, 3).flatten(2)  # [to, batch, width]
     out = F.linear(mixed, out_proj_weight, out_proj_bias)
     if not batched:

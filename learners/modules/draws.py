@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -138,6 +139,9 @@ def _scaled_dot_product_attention(
 
 
 def _multi_head_attention(draws: Draws, *args: Any, **kwargs: Any) -> Any:
+    given = signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    if not given.get("training", True) or given["dropout_p"] == 0:
+        return F.multi_head_attention_forward(*args, **kwargs)
     return attention_with(lambda w, p: dropout(draws, w, p), *args, **kwargs)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from learners.engine.memory import channels_last
 from learners.engine.tree import leaves, mapped
 from learners.modules.draws import Drawing, Draws, Still
 from learners.modules.normalisation import BATCH, BatchNorm, Normalising, Statistics, normalising
+from learners.modules.precision import Precision, cast, computing
 from learners.modules.specialise import specialise
-from learners.modules.trial import Findings, called, differentiable_attention, tried
+from learners.modules.trial import Findings, apart, called, differentiable_attention, tried
 
 log = logging.getLogger("metafleet")
 
@@ -39,12 +40,14 @@ class Functional:
     """
 
     def __init__(
-        self, module: nn.Module, *, last: bool = False, quiet: bool = False, findings: Findings | None = None
-    ) -> None:
+        self, module: nn.Module, *, last: bool = False, quiet: bool = False, precision: Precision = "full",
+        findings: Findings | None = None, summary: str | None = None,
+    ) -> None:  # fmt: skip
         """`last`: whether it keeps images in channels-last memory; `quiet`: whether it never draws; `findings`: what a
         dry run has shown, where there was one; else there is one at its first call.
         """
         self.module, self.channels_last, self._quiet, self._findings = module, last, quiet, findings
+        self.precision, self._summary = precision, summary
         self._norms = {name: m for name, m in module.named_modules() if isinstance(m, BatchNorm) and not m.constant}
         self._required = {name for name, p in module.named_parameters() if p.requires_grad}
         self._slots = _slots(module)
@@ -68,15 +71,12 @@ class Functional:
         return frozen | {k: v for k, v in self.module.named_buffers() if k not in running}
 
     def summary(self) -> str:
-        """Number, bytes and hash of the constants; "" where there are none."""
-        constants, seen = self.constants(), hashlib.blake2b(digest_size=8)
-        if not constants:
-            return ""
-        for name, value in constants.items():
-            seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            seen.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        size = sum(v.nbytes for v in constants.values())
-        return f"{len(constants)} constants of {size} bytes ({seen.hexdigest()})"
+        """Number, bytes and hash of the constants as they were given, and the precision; "" where there is nothing to
+        say.
+        """
+        if self._summary is None:
+            self._summary = _summary(self.constants())
+        return ", ".join(s for s in (self._summary, self.precision if self.precision != "full" else "") if s)
 
     @property
     def normalises(self) -> bool:
@@ -93,7 +93,8 @@ class Functional:
         module = _twin(self.module)
         if any(v.device != torch.device(device) for v in [*module.parameters(), *module.buffers()]):
             module = copied(self.module).to(device)
-        return Functional(module, last=self.channels_last, quiet=self._quiet, findings=self._findings)
+        return Functional(module, last=self.channels_last, quiet=self._quiet, precision=self.precision,
+                          findings=self._findings, summary=self._summary)  # fmt: skip
 
     def __call__(self, params: Params, x: Inputs, statistics: Statistics = BATCH, *, draws: Draws | None = None,
                  real: Tensor | None = None) -> Any:  # fmt: skip
@@ -136,7 +137,7 @@ class Functional:
             self(params, x, statistics, draws=draws, real=real)
         finally:
             hook.remove()
-        return seen[0]
+        return seen[0].to(leaves(list(params.values()))[0].dtype)
 
     def widest(self, x: Inputs) -> int:
         """Bytes of the largest intermediate result for inputs x."""
@@ -168,20 +169,33 @@ class Functional:
             raise ValueError(
                 f"the model's parameter {min(self._required - params.keys())!r} is missing among {', '.join(params)}"
             )
-        self._fit(params)
         self.try_out(x)
+        self._fit(params)
         assert self._findings
         flavour = self._flavour(draws)
         if self.channels_last and not transformed():
             x = mapped(channels_last, x)
+        theta, x = self._computed_in(params, x)
         with ExitStack() as stack:
+            stack.enter_context(computing(self.precision, leaves(x)[0].device.type))
             stack.enter_context(normalising(how))
             if self._findings.attends:
                 stack.enter_context(differentiable_attention())
             if self._findings.draws:
                 stack.enter_context(Drawing(draws) if draws is not None else Still())
-            stack.enter_context(flavour._swapped(params))
-            return called(flavour.module, x)
+            stack.enter_context(flavour._swapped(theta))
+            y = called(flavour.module, x)
+        return y if self.precision == "full" else mapped(lambda v: cast(v, self._theta_dtype(params)), y)
+
+    def _computed_in(self, params: Params, x: Inputs) -> tuple[Params, Inputs]:
+        """θ and inputs in the dtype that the module computes in."""
+        if self.precision != "bfloat16":
+            return params, x
+        theta = {k: cast(v, torch.bfloat16) if k in self._required else v for k, v in params.items()}
+        return theta, mapped(lambda v: cast(v, torch.bfloat16), x)
+
+    def _theta_dtype(self, params: Params) -> torch.dtype | None:
+        return next((v.dtype for k, v in params.items() if k in self._required and v.is_floating_point()), self._dtype)
 
     def _flavour(self, draws: Draws | None) -> Functional:
         """This function in training; or in evaluation mode, where it draws otherwise and `draws` are not given."""
@@ -199,23 +213,37 @@ class Functional:
             for place, key, name in self._slots:
                 if name in params:
                     value = params[name]
-                    place[key] = value if self.channels_last or value.ndim != 4 else value.contiguous()
+                    last = self.channels_last and not transformed()
+                    place[key] = value if last or value.ndim != 4 else value.contiguous()
             yield
         finally:
             for place, key, value in before:
                 place[key] = value
 
     def _fit(self, params: Params) -> None:
-        """Constants take the dtype of θ."""
-        dtype = next((v.dtype for k, v in params.items() if k in self._required and v.is_floating_point()), self._dtype)
+        """Constants take the dtype that the module computes in."""
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else self._theta_dtype(params)
         if dtype is not None and dtype != self._dtype:
-            self.module._apply(lambda v: v.to(dtype) if v.is_floating_point() else v)  # type: ignore[no-untyped-call]
+            self.summary()  # of the constants as they were given
+            apart(lambda: self._cast(dtype))
             self._dtype, self._still = dtype, None
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        norms = {id(m._buffers) for m in self.module.modules() if isinstance(m, BatchNorm)}  # which cast by themselves
+        norms |= {id(m._parameters) for m in self.module.modules() if isinstance(m, BatchNorm)}
+        done: Params = {}
+        for place, key, name in self._slots:
+            value = place[key]
+            if name in self._required or id(place) in norms or not value.is_floating_point():
+                continue
+            new = done.setdefault(name, value.detach().to(dtype))
+            place[key] = nn.Parameter(new, requires_grad=False) if isinstance(value, nn.Parameter) else new
 
 
 def functional(
-    module: nn.Module, example: Inputs | None = None, *, dropout: Literal["task", "off"] = "task"
-) -> Functional:
+    module: nn.Module, example: Inputs | None = None, *, dropout: Literal["task", "off"] = "task",
+    precision: Precision = "full",
+) -> Functional:  # fmt: skip
     """`module` as a pure function of its trainable parameters; the module itself is left as it is.
 
     Parameters with `requires_grad = False` are constants: they neither adapt nor train. Layers keep the mode they are
@@ -227,6 +255,7 @@ def functional(
 
     dropout: "task" — masks, and whatever else the module draws in training mode, are a function of the task and the
     inner step, the same on any fleet, and off in evaluation (`learners.modules.draws`);  "off" — never.
+    precision: see `Precision`; BatchNorm computes in float32 always.
 
     Raises ValueError for a module that draws otherwise or keeps state between calls, since an inner loop must be a
     function of its arguments; and for convolutions inside a `forward` that torch computes out of bounds. These show
@@ -235,6 +264,8 @@ def functional(
     """
     if dropout not in ("task", "off"):
         raise ValueError(f"dropout={dropout!r}: 'task' or 'off' wanted")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r} is not one of {', '.join(get_args(Precision))}")
     module = copied(module)
     _check(module)
     last = any(_is_channels_last(p) for p in module.parameters())
@@ -246,7 +277,7 @@ def functional(
         )
     _tell(module)
     quiet = dropout == "off"
-    model = Functional(module.eval() if quiet else module, last=last, quiet=quiet)
+    model = Functional(module.eval() if quiet else module, last=last, quiet=quiet, precision=precision)
     if example is not None:
         model.try_out(example)
     return model
@@ -314,6 +345,16 @@ def _tell(module: nn.Module) -> None:
             "functional: %d parameters do not require gradients: constants of %d bytes",
             len(frozen), sum(v.nbytes for v in frozen),
         )  # fmt: skip
+
+
+def _summary(constants: Params) -> str:
+    """Number, bytes and hash; "" where there are none."""
+    seen = hashlib.blake2b(digest_size=8)
+    for name, value in constants.items():
+        seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        seen.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    size = sum(v.nbytes for v in constants.values())
+    return f"{len(constants)} constants of {size} bytes ({seen.hexdigest()})" if constants else ""
 
 
 def _is_channels_last(p: Tensor) -> bool:

@@ -202,6 +202,8 @@ class BatchNorm(nn.Module):
         return ours
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16:  # of which sums over a batch would lose their digits
+            return self.forward(x.float()).to(x.dtype)
         if x.ndim == 2:
             return self._normalised(x, x.shape[0])
         last = not x.is_contiguous() and not transformed() and x.movedim(1, -1).is_contiguous()
@@ -214,16 +216,15 @@ class BatchNorm(nn.Module):
     def _normalised(self, v: Tensor, examples: int) -> Tensor:
         """v [rows, channels], the rows of an example one after the other, or [n, channels, L]."""
         channels = v.shape[1]
-        w = self.weight if self.weight is not None else v.new_ones(channels)
-        b = self.bias if self.bias is not None else v.new_zeros(channels)
+        w = self.weight.to(v.dtype) if self.weight is not None else v.new_ones(channels)
+        b = self.bias.to(v.dtype) if self.bias is not None else v.new_zeros(channels)
         call = _NORMALISING.get() or Normalising()
         how = call.statistics
         if self.constant or how.source == "frozen":
             if call.seen is not None:
-                call.seen[self] = (
-                    _moments(v) if call.real is None else _known_moments(_by_example(v, examples), call.real)
-                )
-            return _affine(v, self.get_buffer("running_mean"), self.get_buffer("running_var"), w, b, self.eps)
+                call.seen[self] = _moments(v) if call.real is None else _known_moments(v, examples, call.real)
+            mean, var = (self.get_buffer(f"running_{key}").to(v.dtype) for key in ("mean", "var"))
+            return _affine(v, mean, var, w, b, self.eps)
         among = how.reference if how.source == "first" else examples // how.groups
         if v.numel() // channels // examples * among == 1:
             raise ValueError(

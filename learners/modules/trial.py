@@ -39,7 +39,7 @@ def tried(module: nn.Module, x: Any, *, quiet: bool) -> Findings:
     where it draws what nothing stands in for, or writes a buffer: an inner loop must be a function of its arguments;
     and for a convolution whose gradient would leave its memory.
     """
-    return _apart(lambda: _tried(module, _inputs(module, x), quiet))
+    return apart(lambda: _tried(module, _inputs(module, x), quiet))
 
 
 def _tried(module: nn.Module, x: Any, quiet: bool) -> Findings:
@@ -181,7 +181,7 @@ def _whose(module: nn.Module, buffer: str) -> str:
     return f"layer {owner!r} ({kind})" if owner else kind
 
 
-def _apart(run: Callable[[], T]) -> T:
+def apart(run: Callable[[], T]) -> T:
     """`run()` in a thread of its own, which neither vmap's levels nor a tracer's modes reach."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(run).result()

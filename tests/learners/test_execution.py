@@ -25,7 +25,7 @@ LEARNERS = ["maml", "reptile"]
 
 
 def stacked(run: Run, tasks: int):
-    parts, params = assemble.recipe(replace(run, execution="loop", dtype="float64"))
+    parts, params = assemble.recipe(replace(run, execution="loop", precision="float64"))
     verb = parts.verbs(parts.objective)["gradient"]
     data = [parts.tensors(parts.task("train", i, verb)) for i in range(tasks)]
     at = pack({k: v.double() for k, v in params.items()}, {})

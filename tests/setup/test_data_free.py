@@ -464,7 +464,7 @@ def test_impossible_data_free_runs_are_refused(pool_folder: Path) -> None:
     with pytest.raises(ValueError, match="eps=0.1: attacks are in pixels"):
         assemble.recipe(replace(run, evaluation=attacked))
     with pytest.raises(ValueError, match="teachers are float32"):
-        assemble.recipe(replace(run, dtype="float64"))
+        assemble.recipe(replace(run, precision="float64"))
     with pytest.raises(ValueError, match="check wants tasks with data"):
         gradient_guard.check(run)
     with pytest.raises(ValueError, match="wants a data-free task"):

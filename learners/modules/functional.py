@@ -214,7 +214,7 @@ class Functional:
                 if name in params:
                     value = params[name]
                     last = self.channels_last and not transformed()
-                    place[key] = value if last or value.ndim != 4 else value.contiguous()
+                    place[key] = value if last or value.ndim != 4 else _row_major(value)
             yield
         finally:
             for place, key, value in before:
@@ -355,6 +355,11 @@ def _summary(constants: Params) -> str:
         seen.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     size = sum(v.nbytes for v in constants.values())
     return f"{len(constants)} constants of {size} bytes ({seen.hexdigest()})" if constants else ""
+
+
+def _row_major(value: Tensor) -> Tensor:
+    """In torch's own layout; by its strides too where axes of size 1 leave them open, which kernels look at."""
+    return value.contiguous().flatten().view(value.shape)
 
 
 def _is_channels_last(p: Tensor) -> bool:

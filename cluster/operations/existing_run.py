@@ -78,7 +78,7 @@ def beginning(run: Run, params: Params) -> Meta | None:
     """
     if not run.init_from:
         return None
-    meta = chosen(place(run.init_from), run.evaluation.checkpoint).meta
+    meta = chosen(place(run.init_from), run.evaluation.checkpoint).used
     wrong = [k for k, v in params.items() if k not in meta.params or meta.params[k].shape != v.shape]
     if wrong:
         raise ValueError(
@@ -165,7 +165,7 @@ def export(directory: Place, out: Place, checkpoint: str) -> list[str]:
     state = chosen(directory, checkpoint)
     path = directory / CONFIGURATION
     text = path.read_text() if path.exists() else ""
-    tensors = {k: v.contiguous() for k, v in (state.meta.params | state.meta.slots).items()}
+    tensors = {k: v.contiguous() for k, v in (state.used.params | state.used.slots).items()}
     make_folder(out.parent)
     write_atomically(out, save(tensors, {"metafleet": text, "iteration": str(state.iteration)}))
     return list(tensors)

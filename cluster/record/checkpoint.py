@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from cluster.fleet import wire
 from cluster.record.storage import Place, children, make_folder, read, remove, write_atomically
-from learners.base import Meta, Params, pack, unpack
+from learners.base import Meta, Params, pack, unpack, used
 
 log = logging.getLogger("metafleet")
 
@@ -68,6 +68,11 @@ class State:
     """Which training shards are to be asked for next."""
     evaluation_due: bool = False
     """Whether the validation of this θ was under way, and has to be begun again."""
+
+    @property
+    def used(self) -> Meta:
+        """What is evaluated and exported: θ, or its running mean where the outer step keeps one."""
+        return used(self.meta, self.outer)
 
 
 class _Fields(TypedDict):

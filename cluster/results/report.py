@@ -61,11 +61,11 @@ class Report:
         self.monitor.message(f"tensorboard: {self.mirror.home / 'tensorboard'}")
 
     def _draw(self, state: State) -> None:
-        what = pictures.shown(self.recipe, state.meta, self.pictures)
+        what = pictures.shown(self.recipe, state.used, self.pictures)
         if what:
             self._picture(state, "adaptation", lambda path: pictures.picture(self.recipe.tasks, what, path))
             self._picture(state, "film", lambda path: pictures.film(self.recipe.tasks, what, path))
-        self._picture(state, "adversarial", lambda path: attacked.picture(self.recipe, state.meta, path))
+        self._picture(state, "adversarial", lambda path: attacked.picture(self.recipe, state.used, path))
 
     def _picture(self, state: State, name: str, draw: Callable[[Path], list[Path]]) -> None:
         try:

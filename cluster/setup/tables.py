@@ -46,10 +46,21 @@ def _value(hint: Any, value: Any, path: str) -> Any:
                 )
             hint = choices[name]
         return from_table(hint, rest, f"{path}.")
+    several = _rows_of(hint)
+    if several is not None:
+        if not isinstance(value, list | tuple) or not all(isinstance(row, dict) for row in value):
+            raise ValueError(f"{path}={value!r}: tables wanted, [[{path}]] in TOML")
+        return tuple(from_table(several, row, f"{path}[{i}].") for i, row in enumerate(value))
     try:
         return pydantic.TypeAdapter(hint, config={"allow_inf_nan": True}).validate_python(value)
     except pydantic.ValidationError as error:
         raise ValueError(f"{path}={value!r}: {error.errors()[0]['msg'].replace('Input should', 'should')}") from error
+
+
+def _rows_of(hint: Any) -> Any:
+    """The dataclass of which a field holds any number; None for another field."""
+    row = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return row if dataclasses.is_dataclass(row) else None
 
 
 def to_table(config: Any) -> Table:
@@ -60,7 +71,9 @@ def to_table(config: Any) -> Table:
         if dataclasses.is_dataclass(value):
             table[f.name] = named(value)
         else:
-            table[f.name] = list(value) if isinstance(value, tuple) else value
+            rows = list(value) if isinstance(value, tuple) else value
+            many = isinstance(rows, list) and any(map(dataclasses.is_dataclass, rows))
+            table[f.name] = [to_table(row) for row in rows] if many else rows
     return table
 
 

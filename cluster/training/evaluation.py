@@ -69,7 +69,7 @@ class Pending:
         self._groups = groups
         self.state, self.tasks = state, tasks
         self._dispatcher = dispatcher
-        self._at = dispatcher.publish(pack(*state.meta))
+        self._at = dispatcher.publish(pack(*state.used))
         # Equal shards throughout: the last one may hold tasks beyond the wanted number, dropped again below.
         shards = Shards(split, 0, -(-tasks // shard), shard)
         self._round = dispatcher.start(verb, self._at, None, shards, background=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learners.base import Params
 from learners.engine import tree
+from learners.engine.derivative import transformed
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -27,9 +28,12 @@ class Optimiser(Protocol):
 
 @dataclass(frozen=True)
 class SGD:
-    """v ← μ v + g;  θ ← θ − lr · v. Without momentum (μ = 0) there is no state."""
+    """v ← μ v + g;  θ ← θ − lr · v, or with Nesterov's look ahead θ ← θ − lr · (g + μ v). Without momentum (μ = 0)
+    there is no state.
+    """
 
     momentum: float = 0.0
+    nesterov: bool = False
 
     def init(self, params: Params) -> Params:
         return tree.with_prefix("v", tree.zeros_like(params)) if self.momentum else {}
@@ -38,7 +42,8 @@ class SGD:
         if not self.momentum:
             return {k: p - lr * grads[k] for k, p in params.items()}, {}
         v = {k: self.momentum * old + grads[k] for k, old in tree.under("v", state).items()}
-        return {k: p - lr * v[k] for k, p in params.items()}, tree.with_prefix("v", v)
+        step = {k: grads[k] + self.momentum * v[k] for k in v} if self.nesterov else v
+        return {k: p - lr * step[k] for k, p in params.items()}, tree.with_prefix("v", v)
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,16 @@ class Adam:
         second = 1 - self.beta2**t
         m = m / (1 - self.beta1**t) if self.beta1 else m
         if self.style == "torch":
-            return m / ((v / second).sqrt() + self.eps)
-        return second.sqrt() * m / (v.sqrt() + self.eps)
+            return m / (_root(v / second) + self.eps)
+        return second.sqrt() * m / (_root(v) + self.eps)
+
+
+def _root(v: Tensor) -> Tensor:
+    """√v, whose derivative at 0 is 0: of √v̂ = |g| at g = 0 one of its subgradients, where autograd says 0 · ∞."""
+    if not v.requires_grad and not transformed():
+        return v.sqrt()
+    there = v > 0
+    return torch.where(there, torch.where(there, v, 1).sqrt(), 0)
 
 
 def clip_by_value(grads: Params, limit: float) -> Params:

@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple
 
 import torch
 
-from learners.base import Learner, Meta, Objective, Params, Reduce, Verbs, unpack
+from learners.base import AVERAGED, Learner, Meta, Objective, Params, Reduce, Verbs, unpack
 from learners.engine import tree
 from learners.engine.optimisers import SGD, Adam, Optimiser, Schedule, clip_by_norm, clip_by_value, scheduled
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that descend at a rate, or with a decay, of their own."""
+
+    match: str
+    """Pattern of their names (`head.*`); learned inner rates are `name/…`."""
+    lr: float = -1.0
+    """Their rate where the others' is `outer.lr`, and scheduled alike; 0: they stay; −1: the others'."""
+    weight_decay: float = -1.0
+    """Their decay; −1: the others'."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if value < 0 and value != -1:
+                raise ValueError(f"{name}={value}: 0 or more wanted, or -1 for that of the other parameters")
+
+
+class _Part(NamedTuple):
+    """Parameters with one rate and one decay."""
+
+    names: list[str]
+    lr: float
+    decay: float
 
 
 @dataclass(frozen=True)
@@ -19,9 +46,12 @@ class Descent:
     The mean, as in the MAML code, makes β independent of the meta-batch size (the paper's Algorithm 1 writes a sum).
     Reptile's interpolation θ ← θ + ε · mean(φ − θ) is `optimizer = "sgd"` with lr = ε, its annealing
     `schedule = "linear"`, `final_lr = 0`.
+
+    Weight decay λ is L2 regularisation, G + λθ, for "sgd" and "adam", and θ ← (1 − βₜλ) θ beside the step for "adamw"
+    (Loshchilov & Hutter 2019), as in torch; what a learner learns beside the model's parameters (rates) does not decay.
     """
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Outer optimiser."""
     lr: float = 1e-3
     """β, the outer rate at the first step."""
@@ -39,19 +69,34 @@ class Descent:
     """Adam's ε."""
     momentum: float = 0.0
     """SGD's momentum."""
+    nesterov: bool = False
+    """SGD's momentum looks ahead."""
+    weight_decay: float = 0.0
+    """λ."""
     clip_value: float = 0.0
     """Clip every entry of G into [−clip_value, clip_value]; 0: do not."""
     clip_norm: float = 0.0
     """Scale G down to this norm; 0: do not."""
+    ema: float = 0.0
+    """d of a running mean θ̄ ← d θ̄ + (1 − d) θ, which evaluation, the best checkpoint and export take instead of θ; the
+    first steps count for more, d = (1 + t)/(10 + t). 0: none."""
+    groups: tuple[Group, ...] = ()
+    """Parameters with rates or decays of their own, as tables [[outer.groups]]; the first that matches counts."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "final_lr", "horizon", "clip_value", "clip_norm"):
+        for name in ("lr", "final_lr", "horizon", "weight_decay", "clip_value", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more wanted")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: 0 or more, and less than 1, wanted")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov without momentum: momentum > 0 wanted")
 
     def init(self, meta: Meta) -> Params:
+        self._parts(meta.params)
         optimiser = self._optimiser().init(meta.params)
-        return {"step": torch.zeros((), dtype=torch.float64)} | tree.with_prefix("optimizer", optimiser)
+        state = {"step": torch.zeros((), dtype=torch.float64)} | tree.with_prefix("optimizer", optimiser)
+        return state | tree.with_prefix(AVERAGED, meta.params) if self.ema else state
 
     def verbs(self, learner: Learner, objective: Objective) -> Verbs:
         return {}
@@ -66,15 +111,49 @@ class Descent:
             grads = clip_by_value(grads, self.clip_value)
         if self.clip_norm:
             grads = clip_by_norm(grads, self.clip_norm)
-        step = int(state["step"])
-        lr = scheduled(self.schedule, self.lr, self.final_lr, step, self.horizon)
-        params, optimiser = self._optimiser().update(meta.params, grads, tree.under("optimizer", state), lr * lr_scale)
-        state = {"step": state["step"] + 1} | tree.with_prefix("optimizer", optimiser)
-        return Meta(params, slots), state, metrics | {"outer/lr": lr * lr_scale}
+        step, moments = int(state["step"]), tree.under("optimizer", state)
+        params, after = meta.params, moments
+        for part in self._parts(meta.params):
+            final = self.final_lr * part.lr / self.lr if self.lr else self.final_lr
+            lr = scheduled(self.schedule, part.lr, final, step, self.horizon) * lr_scale
+            moved, kept = self._moved(part, meta.params, grads, moments, lr)
+            params, after = params | moved, after | kept
+        rate = scheduled(self.schedule, self.lr, self.final_lr, step, self.horizon) * lr_scale
+        now = {"step": state["step"] + 1} | tree.with_prefix("optimizer", after)
+        if self.ema:
+            d = min(self.ema, (1 + step) / (10 + step))
+            now |= {f"{AVERAGED}/{k}": torch.lerp(p, state[f"{AVERAGED}/{k}"], d) for k, p in params.items()}
+        return Meta(params, slots), now, metrics | {"outer/lr": rate}
+
+    def _moved(
+        self, part: _Part, params: Params, grads: Params, moments: Params, lr: float
+    ) -> tuple[Params, Params]:  # fmt: skip
+        """The parameters of a part, and the moments that changed."""
+        theta, slope = {k: params[k] for k in part.names}, {k: grads[k] for k in part.names}
+        if part.decay and self.optimizer == "adamw":
+            theta = {k: p if "/" in k else p * (1 - lr * part.decay) for k, p in theta.items()}
+        elif part.decay:
+            slope = {k: g if "/" in k else g + part.decay * theta[k] for k, g in slope.items()}
+        own = {k: v for k, v in moments.items() if k.partition("/")[2] in theta or "/" not in k}
+        return self._optimiser().update(theta, slope, own, lr)
+
+    def _parts(self, params: Params) -> list[_Part]:
+        """The parameters by group. Raises ValueError for a pattern that matches none."""
+        parts = [
+            _Part([], self.lr if g.lr < 0 else g.lr, self.weight_decay if g.weight_decay < 0 else g.weight_decay)
+            for g in self.groups
+        ] + [_Part([], self.lr, self.weight_decay)]
+        for name in params:
+            matching = (i for i, g in enumerate(self.groups) if fnmatchcase(name, g.match))
+            parts[next(matching, len(self.groups))].names.append(name)
+        for group in self.groups:
+            if not any(fnmatchcase(name, group.match) for name in params):
+                raise ValueError(f"groups: match={group.match!r} matches none of the parameters {', '.join(params)}")
+        return [part for part in parts if part.names]
 
     def _optimiser(self) -> Optimiser:
         match self.optimizer:
-            case "adam":
+            case "adam" | "adamw":
                 return Adam(self.beta1, self.beta2, self.eps)
             case "sgd":
-                return SGD(self.momentum)
+                return SGD(self.momentum, self.nesterov)

@@ -36,7 +36,7 @@ from learners.outer.trust_region import Stochastic
 class ProMP:
     """Per task, with φ = φ_K(θ') for a candidate θ' and everything old sampled at θ, descend by Adam
 
-    −mean min(r A, clip(r, 1 ± ε) A) + η Σ_{k<K} mean KL(π_old ‖ π_{φ_k(θ')}),   r = π_φ(a|s) / π_old(a|s).
+    −mean min(r A, clip(r, 1 ± ε) A) + η/K Σ_{k<K} mean KL(π_old ‖ π_{φ_k(θ')}),   r = π_φ(a|s) / π_old(a|s).
 
     The ratio is over what the adapted policy sampled, the divergence over what φ₀ … φ_{K−1} sampled. With
     `control.inner_loss = "likelihood_ratio"` the inner steps are those of the paper (low-variance curvature). The first
@@ -79,7 +79,7 @@ class ProMP:
                 clipped = self._clipped(policy.distribution(phis[-1], data), data)
                 apart = torch.stack([_mean(policy_gradient.kl(data["old"][k], policy.distribution(phis[k], data, k)),
                                      data, k)
-                                     for k in range(steps)]).sum() if steps else clipped.new_zeros(())  # fmt: skip
+                                     for k in range(steps)]).mean() if steps else clipped.new_zeros(())  # fmt: skip
                 return clipped + self.kl_penalty * apart + policy.exploration_loss(
                     slots | model_params(params), data
                 ), {"inner_kl": apart}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from learners.algorithms.maml import MAML
 from learners.base import Data, Meta, Params
 from learners.modules.functional import Functional, functional
+from learners.objectives import policy_gradient
 from learners.objectives.control import Control
 from learners.objectives.policy_gradient import InnerLoss, inner_loss
 
@@ -85,6 +87,15 @@ def test_the_meta_gradient_of_a_bandit(inner_loss: str, of_the_inner_loss) -> No
     assert float(got_phi) == pytest.approx(phi, abs=1e-4)
     got = MAML(RATE).gradient(Meta(theta, {}), control, data).grads["mu"]
     assert float(got) == pytest.approx(-slope(phi) * (1 + RATE * of_the_inner_loss(mu)), rel=2e-3)
+
+
+def test_sums_within_episodes_are_numpys() -> None:
+    rng = np.random.default_rng(0)
+    lengths, values = [1, 7, 4, 1, 16], rng.standard_normal(29)
+    first = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+    wanted = np.concatenate([np.cumsum(part) for part in np.split(values, np.cumsum(lengths)[:-1])])
+    got = policy_gradient.running_sums(torch.from_numpy(values), torch.from_numpy(first))
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=0, atol=1e-12)
 
 
 def test_only_dice_has_the_curvature_between_two_pulls_of_an_episode() -> None:

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from learners.algorithms.reptile import minibatches
+from learners.base import Meta, used
+from learners.engine.conjugate_gradient import conjugate_gradient
+from learners.engine.derivative import transforms
 from learners.engine.optimisers import SGD, Adam, clip_by_norm, clip_by_value, scheduled
+from learners.outer.descent import Descent, Group
 
 
 def start(value: float) -> dict[str, torch.Tensor]:
@@ -78,3 +82,117 @@ def test_minibatches_use_every_example_equally_often() -> None:
     assert rows.shape == (5, 4)
     assert np.bincount(rows.ravel(), minlength=10).tolist() == [2] * 10
     assert sorted(rows.ravel()[:10]) == list(range(10))
+
+
+NAMES = ("body.weight", "body.bias", "head.weight")
+
+
+def torchs(name: str, groups: list[dict[str, object]], **options: float | bool) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    return kind(groups, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adam", {"weight_decay": 0.1}), ("adamw", {"weight_decay": 0.1}), ("adamw", {"weight_decay": 0.0}),
+        ("sgd", {"weight_decay": 0.1, "momentum": 0.9}), ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("grouped", [False, True])
+def test_outer_optimisers_with_decay_and_groups_are_torchs(name: str, options: dict, grouped: bool) -> None:
+    theta = {k: torch.linspace(-1, 2, 3 + i, dtype=torch.float64) for i, k in enumerate(NAMES)}
+    leaves = {k: v.clone().requires_grad_() for k, v in theta.items()}
+    rates = {"head.weight": {"lr": 0.05}, "body.bias": {"weight_decay": 0.0}} if grouped else {}
+    theirs = torchs(name, [{"params": [p], **rates.get(k, {})} for k, p in leaves.items()], lr=0.01, **options)
+    groups = (Group("head.*", lr=0.05), Group("*.bias", weight_decay=0.0)) if grouped else ()
+    ours = Descent(name, 0.01, groups=groups, **options)  # type: ignore[arg-type]
+    meta = Meta(theta, {})
+    state = ours.init(meta)
+    for _ in range(30):
+        theirs.zero_grad()
+        sum((p**4).sum() for p in leaves.values()).backward()  # type: ignore[union-attr]
+        theirs.step()
+        mean = {f"params/{k}": 4 * p**3 for k, p in meta.params.items()}
+        meta, state, _ = ours.apply(meta, state, mean, 1.0)
+    assert list(meta.params) == list(NAMES)
+    torch.testing.assert_close(meta.params, {k: p.detach() for k, p in leaves.items()}, rtol=0, atol=1e-12)
+
+
+def test_groups_keep_their_rates_in_proportion_under_a_schedule_and_rates_that_are_learned_do_not_decay() -> None:
+    theta = {k: torch.ones(2, dtype=torch.float64) for k in ("a", "b", "rates/a")}
+    outer = Descent("sgd", 0.1, "linear", 0.0, horizon=4, weight_decay=0.5, groups=(Group("b", lr=0.3),))
+    meta = Meta(theta, {})
+    state = outer.init(meta)
+    for step in range(3):
+        before = meta.params
+        meta, state, _ = outer.apply(meta, state, {f"params/{k}": torch.ones_like(v) for k, v in theta.items()}, 1.0)
+        left = 1 - step / 4
+        for k, rate, decay in (("a", 0.1, 0.5), ("b", 0.3, 0.5), ("rates/a", 0.1, 0.0)):
+            wanted = before[k] - rate * left * (1 + decay * before[k])
+            torch.testing.assert_close(meta.params[k], wanted, rtol=0, atol=1e-12)
+
+
+def test_a_running_mean_of_theta_is_what_is_used() -> None:
+    outer, meta = Descent("sgd", 1.0, ema=0.5), Meta({"a": torch.zeros((), dtype=torch.float64)}, {"s": torch.ones(1)})
+    state, mean = outer.init(meta), 0.0
+    for step in range(12):
+        meta, state, _ = outer.apply(meta, state, {"params/a": torch.tensor(-1.0).double()}, 1.0)
+        d = min(0.5, (1 + step) / (10 + step))
+        mean = d * mean + (1 - d) * (step + 1)
+        assert float(used(meta, state).params["a"]) == pytest.approx(mean, abs=1e-12)
+    assert used(meta, state).slots is meta.slots
+    assert used(meta, Descent().init(meta)) is meta
+
+
+def test_patterns_and_numbers_that_cannot_be_are_refused() -> None:
+    meta = Meta({"head.weight": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match=r"match='haed\.\*' matches none of the parameters head.weight"):
+        Descent(groups=(Group("haed.*", lr=0.1),)).init(meta)
+    with pytest.raises(ValueError, match="lr=-2"):
+        Group("*", lr=-2)
+    with pytest.raises(ValueError, match="ema=1"):
+        Descent(ema=1)
+    with pytest.raises(ValueError, match="nesterov without momentum"):
+        Descent("sgd", nesterov=True)
+
+
+@pytest.mark.parametrize("style", ["torch", "tf1"])
+@pytest.mark.parametrize("functions", [False, True])
+def test_adams_derivative_at_a_zero_gradient_is_a_number(style, functions: bool) -> None:
+    # The first direction is g/(|g| + ε) (tf1: ε/√(1−β₂)), whose derivative at 0 is 1/ε; from then on v > 0.
+    optimiser = Adam(beta1=0.0, eps=1e-3, style=style)
+    params = {"x": torch.zeros(2, dtype=torch.float64)}
+
+    def moved(g: torch.Tensor) -> torch.Tensor:
+        first, state = optimiser.update(params, {"x": g}, optimiser.init(params), 1.0)
+        return optimiser.update(first, {"x": g}, state, 1.0)[0]["x"]
+
+    g = torch.tensor([0.0, 0.7], dtype=torch.float64)
+    if functions:
+        with transforms():
+            got = torch.func.jacrev(moved)(g).diagonal()
+    else:
+        got = torch.autograd.functional.jacobian(moved, g).diagonal()
+    eps = 1e-3 if style == "torch" else 1e-3 / (1 - 0.999) ** 0.5
+    second = 1e-3 if style == "torch" else 1e-3 / (1 - 0.999**2) ** 0.5
+    assert float(got[0]) == pytest.approx(-1 / eps - 1 / second, rel=1e-9)
+    step = 1e-6
+    slope = (moved(g + step) - moved(g - step)) / (2 * step)
+    assert float(got[1]) == pytest.approx(float(slope[1]), rel=1e-5)
+
+
+def solved(matrix: list[list[float]], b: list[float], steps: int) -> tuple[list[float], list[float]]:
+    a = torch.tensor(matrix, dtype=torch.float64)
+    found = conjugate_gradient(lambda v: {"x": a @ v["x"]}, {"x": torch.tensor(b, dtype=torch.float64)}, steps)
+    return found[0]["x"].tolist(), found[1]["x"].tolist()
+
+
+def test_conjugate_gradient_stops_where_the_curvature_is_not_positive() -> None:
+    assert solved([[2, 0], [0, 4]], [2, 4], 5)[0] == pytest.approx([1, 1])
+    # Along b = (1, 2): bᵀAb = 4 · 1 − 1 · 4 = 0, so x = b.
+    assert solved([[4, 0], [0, -1]], [1, 2], 5) == ([1, 2], [1 - 4, 2 + 2])
+    # Along b = (1, 1): 3; one step of ‖b‖²/3, then a direction of negative curvature, and there it stays.
+    once, residual = solved([[4, 0], [0, -1]], [1, 1], 1)
+    assert once == pytest.approx([2 / 3, 2 / 3])
+    assert solved([[4, 0], [0, -1]], [1, 1], 7) == (once, residual)

@@ -183,7 +183,7 @@ def test_promps_gradient_is_that_of_its_formula(steps: int) -> None:
             for t in range(N):
                 if data["mask"][k][t]:
                     p0, p1 = (torch.distributions.Normal(x[t, :2], x[t, 2:].exp()) for x in (old, new))
-                    total += 0.7 * float(torch.distributions.kl_divergence(p0, p1).sum()) / 10
+                    total += 0.7 / steps * float(torch.distributions.kl_divergence(p0, p1).sum()) / 10
         return total
 
     verb = outer.verbs(learner, control)["proximal"]

@@ -14,7 +14,7 @@ from envs.images.data_free import DataFree
 from learners.algorithms.maml import MAML
 from learners.algorithms.reptile import Reptile
 from learners.engine.optimisers import Adam
-from learners.outer.descent import Descent
+from learners.outer.descent import Descent, Group
 from learners.purer.calibration import DataFreeMAML
 
 COMPARISONS = [name for name in config.presets() if config.VARIANTS in config.read(name)]
@@ -215,6 +215,24 @@ def test_extends_merges_keys_and_a_new_choice_starts_afresh(tmp_path: Path) -> N
     )
     assert run.learner == Reptile(batch=3)
     assert (run.task.ways, run.task.shots, run.task.source.train) == (7, 1, 1200)
+
+
+def test_groups_of_parameters_are_tables_that_survive_a_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        'extends = "sinusoid"\n[outer]\noptimizer = "adamw"\n[[outer.groups]]\nmatch = "head.*"\nlr = 0.1\n'
+        '[[outer.groups]]\nmatch = "*.bias"\nweight_decay = 0.0\n'
+    )
+    run = config.load(str(path))
+    assert run.outer.groups == (Group("head.*", lr=0.1), Group("*.bias", weight_decay=0.0))
+    path.write_text(config.to_toml(run))
+    assert config.load(str(path)) == run
+    for text, message in (("[[outer.groups]]\nlr = 0.1\n", r"outer.groups\[0\].match is missing"),
+                          ("[[outer.groups]]\nmatch = 'a'\nrate = 1\n", r"unknown key outer.groups\[0\].rate"),
+                          ("[outer]\ngroups = 3\n", r"outer.groups=3: tables wanted")):  # fmt: skip
+        path.write_text(f'extends = "sinusoid"\n{text}')
+        with pytest.raises(ValueError, match=message):
+            config.load(str(path))
 
 
 def test_only_what_the_numbers_do_not_depend_on_may_change_on_resume() -> None:

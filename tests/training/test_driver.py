@@ -24,7 +24,7 @@ from cluster.training.evaluation import Evaluation
 from cluster.training.identity import digest
 from cluster.training.synchronous import Synchronous
 from learners.base import Meta
-from learners.outer.descent import Descent
+from learners.outer.descent import Descent, Group
 from tests.fakes import Newton, Noisy, ScriptedPool, quadratic_recipe, shuffled, start
 
 FEW = Evaluation(every=4, validation_tasks=6, tasks=5, steps=2, pictures=0)
@@ -70,7 +70,10 @@ def test_arrival_order_failures_and_duplicates_do_not_change_a_bit(tmp_path: Pat
     assert digest(calm) == digest(wild)
 
 
-@pytest.mark.parametrize("outer", [Descent(schedule="cosine", horizon=8), Newton(rounds=2)])
+AVERAGING = Descent("adamw", 0.1, weight_decay=0.1, ema=0.9, groups=(Group("th*", lr=0.3),))
+
+
+@pytest.mark.parametrize("outer", [Descent(schedule="cosine", horizon=8), Newton(rounds=2), AVERAGING])
 def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_bits(tmp_path: Path, outer) -> None:
     recipe = quadratic_recipe(outer=outer, learner=Noisy())
     whole = run(recipe, tmp_path / "whole", iterations=8)
@@ -188,6 +191,18 @@ def test_the_final_evaluation_may_be_of_the_best(tmp_path: Path) -> None:
            evaluation=replace(FEW, checkpoint="best")).run()  # fmt: skip
     best = Checkpoints(tmp_path / "checkpoints").best()
     assert json.loads((tmp_path / "evaluation.json").read_text())["iteration"] == best.iteration < 12
+
+
+def test_what_is_evaluated_is_the_running_mean_of_theta(tmp_path: Path) -> None:
+    recipe = quadratic_recipe(outer=AVERAGING)
+    meta = run(recipe, tmp_path)
+    state = Checkpoints(tmp_path / "checkpoints").newest()
+    assert digest(state.meta) == digest(meta) != digest(state.used)
+    theta = state.used.params["theta"].numpy()
+    tasks = [recipe.tasks.sample("test", seeds.generator(0, "test", i, "task")) for i in range(5)]
+    losses = [(theta - t["b"]) @ t["B"] @ (theta - t["b"]) / 2 for t in tasks]
+    table = json.loads((tmp_path / "evaluation.json").read_text())
+    assert table["mean"]["loss"][0] == pytest.approx(np.mean(losses), rel=1e-9)
 
 
 def test_held_out_tasks_do_not_depend_on_the_runs_seed_nor_on_the_shard(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ class Contribution:
     """Per-task metrics, [tasks, …]."""
     finite: bool = True
     """Whether the worker found every number of the total finite."""
+    culprit: str = ""
+    """What was not, first, where one was not."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -40,6 +41,7 @@ class _Header(TypedDict):
     layout: list[tuple[str, list[Natural]]]
     rows: dict[str, Packed]
     finite: bool
+    culprit: str
 
 
 _ASSIGNMENT = TypeAdapter(Assignment)
@@ -137,10 +139,14 @@ def restored(vector: NDArray[Any]) -> Vector:
 
 
 def encode_sum(
-    assignment: Assignment, worker: str, seconds: float, result: Sum, compression: Compression = "none"
-) -> tuple[bytes, NDArray[Any]]:
-    """A worker's answer. `compression` is of the total; what is kept per task travels as it is."""
+    assignment: Assignment, worker: str, seconds: float, result: Sum, compression: Compression = "none",
+    blame: Callable[[], str] = str,
+) -> tuple[bytes, NDArray[Any]]:  # fmt: skip
+    """A worker's answer. `compression` is of the total; what is kept per task travels as it is. `blame` is asked for
+    words where a number of the total is not finite.
+    """
     layout, vector = flatten(result.total)
+    finite = is_finite(vector)
     rows = {name: pack_array(np.ascontiguousarray(value.detach().cpu().numpy())) for name, value in result.rows.items()}
     header = {
         "ticket": assignment.ticket,
@@ -150,7 +156,8 @@ def encode_sum(
         "weight": result.weight,
         "layout": layout,
         "rows": rows,
-        "finite": is_finite(vector),
+        "finite": finite,
+        "culprit": "" if finite else blame(),
     }
     return encode(header), compressed(vector) if compression == "bfloat16" else vector
 
@@ -164,8 +171,9 @@ def decode_sum(header: bytes, vector: NDArray[Any] | Elsewhere) -> Contribution:
         check_size(layout, vector)
     rows = {name: unpack_array(value) for name, value in f["rows"].items()}
     return Contribution(
-        f["ticket"], f["attempt"], f["worker"], f["seconds"], f["weight"], layout, vector, rows, f["finite"]
-    )
+        f["ticket"], f["attempt"], f["worker"], f["seconds"], f["weight"], layout, vector, rows, f["finite"],
+        f["culprit"],
+    )  # fmt: skip
 
 
 def encode(value: object) -> bytes:

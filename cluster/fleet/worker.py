@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from cluster.fleet import wire
+from cluster.fleet.culprit import culprit
 from cluster.fleet.machine import set_up_torch
 from cluster.fleet.messages import Assignment, Broadcast
 from cluster.fleet.padding import stacked
@@ -49,13 +50,17 @@ class Worker:
         theta = self._value(assignment.at, at)
         beside = self._value(assignment.operand, operand) if assignment.operand is not None else {}
         execution = self._light if verb.light else self._run
+        data = self._shard(assignment, verb, theta)
         if verb.fix and execution.mode == "loop":
             result = execution.each(self._fixed_at(assignment, verb, theta), beside)
         else:
-            result = execution.run(verb.run, theta, beside, self._shard(assignment, verb, theta))
+            result = execution.run(verb.run, theta, beside, data)
         if self.slower > 1:
             time.sleep((self.slower - 1) * (time.perf_counter() - begin))
-        return wire.encode_sum(assignment, self.name, time.perf_counter() - begin, result, self.recipe.compression)
+        return wire.encode_sum(
+            assignment, self.name, time.perf_counter() - begin, result, self.recipe.compression,
+            lambda: culprit(theta | beside, data, result, assignment.start),
+        )  # fmt: skip
 
     def _value(self, handle: int, message: Broadcast | None) -> Params:
         if message is not None and handle not in self._values:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.fleet.messages import Lost, RunStopped
 from cluster.record.checkpoint import Work
 from cluster.training.aggregate import bracketed
-from cluster.training.dispatch import Dispatcher, Round, Shards
+from cluster.training.dispatch import Dispatcher, Round, Shards, advice
 from cluster.training.policy import Batch, Policy, Step, Stepper, logged, times
 from learners.base import GROUP, Meta, OneRound, Outer, Params, Sum, pack
 from learners.engine import tree
@@ -201,8 +201,7 @@ class Flow:
             if under.round.rejected and sum(self._rejected) > max(1.0, self.policy.max_rejected * REMEMBERED):
                 raise RunStopped(
                     f"{sum(self._rejected)} of the last {len(self._rejected)} shards are not finite (more than "
-                    f"{self.policy.max_rejected:.0%} of {REMEMBERED}): the run diverges; a smaller rate or gradient "
-                    "clipping may help"
+                    f"{self.policy.max_rejected:.0%} of {REMEMBERED}): {advice(under.round.culprits)}"
                 )
         self._drop(version)
 

@@ -47,6 +47,8 @@ class Round:
         self.tickets: dict[int, int] = {}  # ticket → shard index
         self.tree = Tree(self.shards.count)
         self.rejected = 0
+        self.culprits: list[str] = []
+        """Of those rejected as not finite."""
 
     @property
     def done(self) -> bool:
@@ -268,7 +270,7 @@ class Dispatcher:
             assignment = self.ledger.open[ticket]
             self._enqueue(replace(assignment, attempt=assignment.attempt + 1))
         elif self._suspects[ticket] == digest:
-            self._reject(ticket)
+            self._reject(answer)
         else:
             self._corrupted(answer)
             self._retry(
@@ -296,16 +298,16 @@ class Dispatcher:
         round_.busy[answer.worker] += answer.seconds  # type: ignore[assignment]  # typeshed: counters count
         round_.tree.add(round_.tickets[answer.ticket], answer)
 
-    def _reject(self, ticket: int) -> None:
-        round_ = self._close(ticket)
-        a = self.ledger.open[ticket]
-        self.ledger.reject(ticket, "not finite, twice")
-        log.warning("%s give numbers that are not finite; rejected", _tasks(a))
+    def _reject(self, answer: Contribution) -> None:
+        round_, why = self._close(answer.ticket), answer.culprit or "a number of the answer"
+        a = self.ledger.open[answer.ticket]
+        self.ledger.reject(answer.ticket, f"not finite, twice: {why}")
+        log.warning("%s give numbers that are not finite, first of all in the %s; rejected", _tasks(a), why)
+        round_.culprits.append(why)
         self._go_without(
-            round_, ticket,
+            round_, answer.ticket,
             f"{round_.rejected + 1} of {round_.shards.count} shards of {a.verb!r} are not finite (more than "
-            f"{self.max_rejected:.0%}): "
-            "the run diverges; a smaller rate or gradient clipping may help",
+            f"{self.max_rejected:.0%}): {advice(round_.culprits)}",
         )  # fmt: skip
 
     def _go_without(self, round_: Round, ticket: int, complaint: str) -> None:
@@ -320,6 +322,14 @@ class Dispatcher:
         self._since.pop(ticket, None)
         self._killed.pop(ticket, None)
         return self._rounds.pop(ticket)
+
+
+def advice(culprits: list[str]) -> str:
+    """What was not finite in most of some shards, and what may help."""
+    data = [c for c in culprits if c.startswith("data,")]
+    if 2 * len(data) > len(culprits):
+        return f"the first is in the {data[0]}: tasks whose arrays hold numbers wanted"
+    return f"the first is in the {culprits[0]}: the run diverges; a smaller rate or gradient clipping may help"
 
 
 def _tasks(a: Assignment) -> str:

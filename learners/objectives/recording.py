@@ -124,6 +124,6 @@ class Recorder:
         first[:n] -= time
         return {
             "observations": arrays["observations"], "actions": arrays["actions"], "mask": arrays["mask"],
-            "advantages": advantages, "first": first, "return": arrays["return"],
+            "rewards": arrays["rewards"], "advantages": advantages, "first": first, "return": arrays["return"],
             "physics_s": arrays["physics_s"], "policy_s": arrays["policy_s"],
         }  # fmt: skip

@@ -8,10 +8,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cluster.fleet.deadlines import Deadlines
+from cluster.fleet.messages import RunStopped
 from cluster.fleet.pool import LocalPool
 from cluster.record.checkpoint import Checkpoints
 from cluster.setup import assemble
@@ -20,6 +22,8 @@ from cluster.training.identity import digest
 from learners.outer.descent import Descent
 from tests.fakes import Noisy, quadratic_recipe, start
 from tests.fleet.runs import FEW, gone, joined, sinusoid, striking, train, train_control
+from tests.training.test_not_finite import Lines
+from tests.training.test_not_finite import run as run_of
 
 ray = pytest.importorskip("ray")
 from cluster.fleet.ray_pool import RayPool, _Actor  # noqa: E402 - only where Ray is installed
@@ -135,3 +139,8 @@ def test_a_worker_whose_code_raises_says_what(tmp_path: Path) -> None:
             driver.run()
     finally:
         pool.close()
+
+
+def test_a_worker_says_what_was_no_number(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match=r"data, support_x of task \d+ at \[3, 0\]"):
+        run_of(Lines("support_x", np.nan), tmp_path, pool=lambda recipe: RayPool(recipe, 2))

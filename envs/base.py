@@ -27,6 +27,10 @@ class Clip(NamedTuple):
     """Between two frames."""
 
 
+HOST = "host/"
+"""Arrays under `host/name` choose code, and stay in the memory of the CPU wherever the others go."""
+TEACHER = f"{HOST}teacher"
+"""Number of the teacher that a task of a data-free run is about."""
 SPLITS = ("train", "validation", "test")
 HELD_OUT = ("validation", "test")
 TEACHERS, ADVERSARY = "teachers", "adversary"

@@ -11,7 +11,7 @@ import torch
 
 from cluster.fleet import seeds, wire
 from cluster.fleet.machine import Determinism
-from envs.base import HELD_OUT, Arrays, HasFixedTasks, HasGroups, TaskDistribution
+from envs.base import HELD_OUT, HOST, Arrays, HasFixedTasks, HasGroups, TaskDistribution
 from learners import verbs
 from learners.base import GROUP, Data, Learner, Objective, Outer, Verb
 from learners.engine.execution import Mode
@@ -70,7 +70,10 @@ class Recipe:
         return verb.draw(data, seeds.generator(seed, split, index, "draw")) if verb.draw else data
 
     def tensors(self, arrays: Arrays) -> Data:
-        """Arrays as tensors on the run's device, floating ones in the run's dtype."""
+        """Arrays as tensors on the run's device, floating ones in the run's dtype; those under `host/` stay here."""
         data = {k: wire.owned(v) for k, v in arrays.items()}
         dtype = getattr(torch, self.dtype)
-        return {k: v.to(self.device, dtype if v.is_floating_point() else v.dtype) for k, v in data.items()}
+        return {
+            k: v.to("cpu" if k.startswith(HOST) else self.device, dtype if v.is_floating_point() else v.dtype)
+            for k, v in data.items()
+        }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.base import ADVERSARY, TEACHERS, Array, Arrays, check_split
+from envs.base import ADVERSARY, TEACHER, TEACHERS, Array, Arrays, check_split
 from envs.images.episodes import Episodes, ImageSource
 
 
@@ -61,7 +61,7 @@ class DataFree(Episodes):
 
     def fixed(self, split: str, index: int) -> Arrays | None:
         """The teacher that a task of the teachers' round is about."""
-        return {"teacher": np.asarray(index % max(1, self.teachers))} if split == TEACHERS else None
+        return {TEACHER: np.asarray(index % max(1, self.teachers))} if split == TEACHERS else None
 
     def sample(self, split: str, rng: np.random.Generator) -> Arrays:
         if split in ("train", ADVERSARY):
@@ -160,7 +160,7 @@ class Lessons:
         counts = [len(train) for train, _ in parts], [len(held) for _, held in parts]
         x, held = (_normalised(np.concatenate([part[i] for part in parts]), self.mean, self.std) for i in (0, 1))
         y, held_y = (np.arange(self.ways).repeat(c) for c in counts)
-        return {"x": x, "y": y, "held_x": held, "held_y": held_y, "teacher": np.asarray(index)}
+        return {"x": x, "y": y, "held_x": held, "held_y": held_y, TEACHER: np.asarray(index)}
 
     def _images(self, label: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(to train on, held back) of a class, in [0, 1]."""

@@ -57,16 +57,16 @@ class MAMLPlusPlus(InnerLoop):
         rates = {
             k: torch.full((self.inner_steps,), self.inner_lr, dtype=v.dtype, device=v.device) for k, v in moving.items()
         }
-        clock = torch.zeros((), dtype=next(iter(params.values())).dtype)
+        clock = next(iter(params.values())).new_zeros(())
         return Meta(params | tree.with_prefix(RATE, rates), {CLOCK: clock})
 
     def again(self, meta: Meta) -> bool:
-        return transformed() or bool(self._second(meta))
+        return not self._branches(meta) or bool(self._second(meta))
 
     def direction(self, meta: Meta) -> Direction:
         rates, second = self.rates(meta.params), self._second(meta)
-        # A graph cannot branch on a number, so there the two orders are blended; the loop saves itself the work.
-        blend = transformed() and self.second_order_from > 0
+        # Where nothing may branch on a number, the two orders are blended.
+        blend = not self._branches(meta) and self.second_order_from > 0
 
         def scaled(grads: Params, step: int) -> Params:
             if blend:
@@ -78,8 +78,8 @@ class MAMLPlusPlus(InnerLoop):
     def outer_loss(self, meta: Meta, objective: Objective, data: Data) -> tuple[Tensor, Metrics]:
         points = list(self.points(meta, objective, data, self.inner_steps))
         weights = self.weights(meta)
-        # Zero weights cost a forward and a backward pass each, which a loop need not take.
-        used = [k for k in range(self.inner_steps) if transformed() or float(weights[k])]
+        # Zero weights cost a forward and a backward pass each.
+        used = [k for k in range(self.inner_steps) if not self._branches(meta) or float(weights[k])]
         losses = {k: objective.query(meta.slots | points[k + 1].params, data) for k in used}
         weighted = torch.stack([weights[k] * loss for k, loss in losses.items()]).sum()
         return weighted, {"last_step_loss": losses[self.inner_steps - 1]} | support_losses(points[-1])
@@ -112,6 +112,12 @@ class MAMLPlusPlus(InnerLoop):
 
     def claim(self) -> str:
         return "second order" if self.second_order_from == 0 else "first order"
+
+    def _branches(self, meta: Meta) -> bool:
+        """Whether what is without effect may be left out: a graph cannot branch on a number, and a GPU would have to be
+        waited for.
+        """
+        return not transformed() and meta.slots[CLOCK].device.type == "cpu"
 
     def _second(self, meta: Meta) -> Tensor:
         """1 from the epoch on in which the inner loop is differentiated through, 0 before."""

@@ -112,7 +112,7 @@ def _compile(
 
 def _added(parts: Iterable[Stacked]) -> Sum:
     total: Params = {}
-    weight = 0.0
+    weights: list[Tensor] = []
     rows: dict[str, list[Tensor]] = {}
     for part_total, part_weight, part_rows in parts:
         # In place on what the first part owns: no one else holds it, and one copy of θ is enough.
@@ -121,10 +121,11 @@ def _added(parts: Iterable[Stacked]) -> Sum:
             if total
             else {k: v.clone() for k, v in part_total.items()}
         )
-        weight += float(part_weight)
+        weights.append(part_weight)
         for k, v in part_rows.items():
             rows.setdefault(k, []).append(v)
-    return Sum(total, weight, {k: torch.cat(v) for k, v in rows.items()})
+    # One look at the device, not one for every task.
+    return Sum(total, float(torch.stack(weights).double().sum()), {k: torch.cat(v) for k, v in rows.items()})
 
 
 BATCHED_UP_TO = 64 << 10  # bytes of activations per task; above, a CPU is faster task by task

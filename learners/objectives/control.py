@@ -85,7 +85,13 @@ class Control:
 
     def record(self, learner: Learner, meta: Meta, tasks: Data, steps: int, *, testing: bool = False) -> Data:
         """Live through the tasks of a shard: the stacked data that `support`, `query` and `curve` are of."""
-        return self._recorder.lived(self, learner, meta, tasks, steps, testing=testing)
+        lived = self._recorder.lived(self, learner, meta, tasks, steps, testing=testing)
+        if self.policy.draws:
+            raise ValueError(
+                f"{type(self.policy.module).__name__} draws (dropout): the ratio of two policies is of two functions; "
+                "functional(module, dropout='off') wanted"
+            )
+        return lived
 
     def curve(self, data: Data) -> Metrics:
         """Mean return of φ₀ … φ_steps' episodes [steps + 1], of one task."""
@@ -120,7 +126,11 @@ class Control:
 
     def summary(self) -> str:
         exploration = f", exploration {self.exploration:g}" if self.exploration else ""
-        return f"policy gradient ({self.inner_loss}, discount {self.discount:g}, GAE {self.gae:g}{exploration})"
+        constants = self.policy.summary()
+        return (
+            f"policy gradient ({self.inner_loss}, discount {self.discount:g}, GAE {self.gae:g}{exploration})"
+            f"{f', {constants}' if constants else ''}"
+        )
 
 
 RECORDED = ("observations", "actions", "mask", "advantages", "first", "old", "old_log_p")

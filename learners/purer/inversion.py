@@ -105,7 +105,7 @@ def feature_distance(seen: Params, running: Params) -> Tensor:
     biased.
     """
     each = [norm(value - running[name]) for name, value in seen.items()]
-    return torch.stack(each).sum() if each else torch.zeros(())
+    return torch.stack(each).sum() if each else next(iter(running.values())).new_zeros(())
 
 
 def norm(x: Tensor) -> Tensor:

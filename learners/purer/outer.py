@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.base import ADVERSARY, TEACHERS
+from envs.base import ADVERSARY, TEACHER, TEACHERS
 from learners.algorithms.maml import MAML
 from learners.base import (
     CARRIED,
@@ -151,7 +151,7 @@ def _noise(at: Params, operand: Params, data: Data) -> Share:
 def _invert(objective: DataFree, inversion: Inversion) -> Callable[[Params, Params, Data], Share]:
     def invert(at: Params, operand: Params, data: Data) -> Share:
         """∇ L_EI with respect to one teacher's slice of D."""
-        number = int(data["teacher"])
+        number = int(data[TEACHER])
         teacher, images = objective.teachers[number], operand["images"][number]  # [ways, per class, c, h, w]
         labels = torch.arange(teacher.ways, device=images.device).repeat_interleave(images.shape[1])
         grads, loss, terms = differentiate_with(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from envs.base import Arrays
+from envs.base import TEACHER, Arrays
 from learners.base import Data, Learner, Meta, Objective, Params, Reduce, Share, Verb, Verbs
 from learners.engine.derivative import differentiate_with
 from learners.engine.optimisers import SGD, Adam, Optimiser, clip_by_norm
@@ -101,7 +101,7 @@ class School:
             return data | {"order": np.stack([rng.permutation(len(data["x"])) for _ in range(self.schooling.epochs)])}
 
         def school(at: Params, operand: Params, data: Data) -> Share:
-            number = int(data["teacher"])
+            number = int(data[TEACHER])
             model = self.models[number].to(str(data["x"].device))
             state, right = self.schooling.train(model, self.residual[number], data)
             return Share(state, data["x"].new_ones(()), {"accuracy": right})

@@ -27,7 +27,7 @@ from cluster.training.driver import Driver
 from cluster.training.evaluation import Evaluation
 from cluster.training.identity import digest
 from envs import store
-from envs.base import HasFiles
+from envs.base import TEACHER, HasFiles
 from envs.images.data_free import DataFree
 from envs.images.glyphs import Glyphs
 from learners.algorithms.maml import MAML
@@ -395,7 +395,7 @@ def test_each_slice_of_d_is_inverted_from_its_teacher_towards_its_classes(pool_f
     verb = parts.verbs(parts.objective)["invert"]
     for i, teacher in enumerate(teachers.load(pool_folder).teachers):
         share = verb.run(
-            pack(params, {}), {"images": images}, {"teacher": torch.tensor(i), "shift": torch.tensor([0, 0])}
+            pack(params, {}), {"images": images}, {TEACHER: torch.tensor(i), "shift": torch.tensor([0, 0])}
         )
         logits = torch.stack([teacher.model(teacher.params, images[i, c], FROZEN) for c in range(3)])
         wanted = -torch.stack([logits[c].log_softmax(1)[:, c].mean() for c in range(3)]).mean()

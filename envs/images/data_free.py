@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.base import ADVERSARY, TEACHER, TEACHERS, Array, Arrays, check_split
+from envs.images.augmentation import Augmentation
 from envs.images.episodes import Episodes, ImageSource
 
 
@@ -37,6 +38,10 @@ class DataFree(Episodes):
         super().__post_init__()
         if self.train_shots:
             raise ValueError(f"train_shots={self.train_shots}: pseudo-episodes have a query set")
+        if self.min_ways or self.min_shots or self.augment != Augmentation():
+            raise ValueError(
+                "min_ways, min_shots, augment: pseudo-episodes are of one way and shot, of invented images"
+            )
 
     @property
     def per_class(self) -> int:

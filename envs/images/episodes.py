@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from envs.base import SPLITS, Array, Arrays, Predict, check_split
+from envs.images.augmentation import Augmentation, Images
 from envs.store import ImageSet
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class ImageSource(Protocol):
 class Episodes:
     """N classes drawn without replacement, K support and Q query images of each; labels 0 … N−1 in drawn order.
 
-    Pixels are float32 in [0, 1], channels first. Examples stand class by class.
+    Pixels are float32 in [0, 1], channels first. Examples stand class by class. Tasks may differ in way and shot
+    (`min_ways`, `min_shots`), as in Meta-Dataset (Triantafillou et al. 2020); a `class_mask` then says which of N
+    classes a task has.
     """
 
     source: ImageSource
@@ -52,11 +55,21 @@ class Episodes:
     """If positive, training tasks are this many images per class and no query set (Reptile)."""
     rotations: Literal["none", "train", "all"] = "none"
     """Turn each class of a task by 0, 90, 180 or 270°: in training, or in every split (MAML's Omniglot)."""
+    min_ways: int = 0
+    """Each task has this many to `ways` classes, all alike; 0: `ways`."""
+    min_shots: int = 0
+    """Each class of a task has this many to `shots` support images, all alike; 0: `shots`."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    """What happens to the images of training tasks."""
 
     def __post_init__(self) -> None:
         for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("test_queries", 1), ("train_shots", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least} wanted")
+        for name, most, least in (("min_ways", self.ways, 2), ("min_shots", self.shots, 1)):
+            value = getattr(self, name)
+            if value and not least <= value <= most:
+                raise ValueError(f"{name}={value}: a number from {least} to {most}, or 0, wanted")
 
     @property
     def kind(self) -> Literal["classification"]:
@@ -96,22 +109,27 @@ class Episodes:
         check_split(split)
         images = self.source.load()
         shots, queries = self._counts(split)
-        classes = rng.choice(images.classes(split), self.ways, replace=False)
-        turns = (
-            rng.integers(0, 4, self.ways)
-            if self.rotations == "all" or self.rotations == split
-            else np.zeros(self.ways, int)
-        )
+        ways = int(rng.integers(self.min_ways, self.ways + 1)) if self.min_ways else self.ways
+        classes = rng.choice(images.classes(split), ways, replace=False)
+        turns = rng.integers(0, 4, ways) if self.rotations == "all" or self.rotations == split else np.zeros(ways, int)
         drawn = []  # ways × [shots + queries, c, h, w]
         for label, turn in zip(classes, turns, strict=True):
             rows = images.rows(label)
             picked = rows.start + rng.choice(len(rows), shots + queries, replace=False)
             drawn.append(np.rot90(images.images[picked], turn, axes=(-2, -1)))
-        x = np.stack(drawn).astype(np.float32) / 255
-        task: Arrays = {"support_x": _flat(x[:, :shots]), "support_y": np.arange(self.ways).repeat(shots)}
+        x: Images = np.divide(np.stack(drawn), 255, dtype=np.float32)
+        support, y = _flat(x[:, :shots]), np.arange(ways).repeat(shots)
+        if self.min_shots and queries:
+            kept = np.arange(shots) < rng.integers(self.min_shots, shots + 1, (ways, 1))
+            support, y = support[kept.reshape(-1)], y[kept.reshape(-1)]
+        query = _flat(x[:, shots:])
+        if split == "train":
+            support = self.augment.mixed(self.augment.applied(support, rng), y, rng)
+            query = self.augment.applied(query, rng)
+        task: Arrays = {"support_x": support, "support_y": y}
         if queries:
-            task |= {"query_x": _flat(x[:, shots:]), "query_y": np.arange(self.ways).repeat(queries)}
-        return task
+            task |= {"query_x": query, "query_y": np.arange(ways).repeat(queries)}
+        return task | {"class_mask": np.arange(self.ways) < ways} if self.min_ways else task
 
     def _counts(self, split: str) -> tuple[int, int]:
         if split == "train" and self.train_shots:
@@ -137,9 +155,10 @@ class Episodes:
         return figure
 
     def _grid(self, part: Figure, task: Arrays, guesses: Array) -> None:
-        shown = min(8, len(task["query_y"]) // self.ways)
-        axes = part.subplots(self.ways, shown + 1, squeeze=False)
-        for label in range(self.ways):
+        ways = int(task["support_y"].max()) + 1
+        shown = min(8, len(task["query_y"]) // ways)
+        axes = part.subplots(ways, shown + 1, squeeze=False)
+        for label in range(ways):
             support = task["support_x"][task["support_y"] == label][0]
             rows = np.flatnonzero(task["query_y"] == label)[:shown]
             for axis, image, color in [(axes[label, 0], support, "black")] + [
@@ -190,5 +209,5 @@ def _show(axis: Axes, image: Array, color: str) -> None:
         edge.set(color=color, linewidth=2)
 
 
-def _flat(x: Array) -> Array:
+def _flat(x: Images) -> Images:
     return np.ascontiguousarray(x.reshape(-1, *x.shape[2:]))

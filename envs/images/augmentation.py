@@ -92,12 +92,13 @@ def _away(x: Images, grey: Images, factor: Images) -> Images:
 
 
 def _within(x: Images) -> Images:
-    return np.clip(x, 0, 1, out=x)
+    inside: Images = np.clip(x, 0, 1, out=x)
+    return inside
 
 
 def _grey(x: Images) -> Images:
     """[n, 1, h, w]."""
     if x.shape[1] != len(GREY):
-        return x.mean(1, keepdims=True)
-    grey: Images = np.einsum("nchw,c->nhw", x, GREY)[:, None]
+        return np.asarray(x.mean(1, keepdims=True))
+    grey: Images = np.asarray(np.einsum("nchw,c->nhw", x, GREY))[:, None]
     return grey

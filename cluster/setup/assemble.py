@@ -59,7 +59,7 @@ def _objective(run: Run, network: Functional) -> Objective:
         return Control(network, run.task, keys.inner_loss, keys.discount, keys.gae, keys.exploration)
     return Supervised(
         network,
-        loss="mse" if run.task.kind == "regression" else "cross_entropy",
+        loss=run.objective.loss_for(run.task.kind),
         norm=run.objective.norm,
         scale=run.objective.scale,
         report=run.evaluation.norms,

@@ -18,6 +18,7 @@ from learners.algorithms.maml import MAML
 from learners.base import Learner, Outer
 from learners.models.networks import MLP, ModelSpec
 from learners.modules.functional import Functional, functional
+from learners.objectives.losses import CrossEntropy, Measure
 from learners.objectives.policy_gradient import InnerLoss
 from learners.objectives.supervised import NormMode
 from learners.outer.descent import Descent
@@ -25,14 +26,35 @@ from learners.outer.descent import Descent
 
 @dataclass(frozen=True)
 class ObjectiveKeys:
-    """The supervised objective; the loss follows from the task."""
+    """The supervised objective."""
 
+    loss: Literal["auto", "mse", "l1", "huber", "gaussian_nll", "cross_entropy", "binary_cross_entropy"] = "auto"
+    """What is descended; auto: the cross-entropy of classes, the squared error of numbers. With gaussian_nll the model
+    has a log variance beside each output."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy: this much of every target is spread over all classes."""
+    class_weights: tuple[float, ...] = ()
+    """Of the cross-entropy: weights of the classes' examples; (): all 1."""
     norm: NormMode = "transductive"
     """What BatchNorm's statistics are taken from when the query is predicted."""
     scale: Literal["mean", "sum_over_shots"] = "mean"
     """Mean over examples, or cbfinn's sum over examples divided by shots: inner gradients N (ways) times larger."""
     momentum: float = 0.1
     """With norm = "frozen": rate at which the carried statistics follow the tasks'."""
+
+    def __post_init__(self) -> None:
+        if (self.label_smoothing or self.class_weights) and self.loss not in ("auto", "cross_entropy"):
+            raise ValueError(f"label_smoothing and class_weights are of the cross-entropy, not of loss={self.loss!r}")
+        CrossEntropy(self.label_smoothing, self.class_weights)
+
+    def loss_for(self, kind: str) -> Measure | str:
+        """The loss for tasks of a kind."""
+        name = self.loss if self.loss != "auto" else "mse" if kind == "regression" else "cross_entropy"
+        if self.label_smoothing or self.class_weights:
+            if name != "cross_entropy":
+                raise ValueError("label_smoothing and class_weights are of the cross-entropy, and tasks have numbers")
+            return CrossEntropy(self.label_smoothing, self.class_weights)
+        return name
 
 
 @dataclass(frozen=True)
@@ -155,7 +177,8 @@ class Run:
         """The model, initialised from the run's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            module, example = self.model.build(self.task.inputs, self.task.outputs), torch.zeros(2, *self.task.inputs)
+            outputs = self.task.outputs * (2 if self.objective.loss == "gaussian_nll" else 1)
+            module, example = self.model.build(self.task.inputs, outputs), torch.zeros(2, *self.task.inputs)
             half = self.precision if self.precision == "bfloat16" or self.precision == "bfloat16-mixed" else "full"
             return functional(module, example, precision=half)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 Color: TypeAlias = tuple[int, int, int]
+Root: TypeAlias = Path | zipfile.Path
 
 RULES = "2"
 """Another value wherever equal bytes may give other pixels than before: what was decoded earlier is decoded again."""
@@ -54,7 +55,7 @@ class Record:
         return self.name
 
 
-File: TypeAlias = Path | zipfile.Path | Record
+File: TypeAlias = Root | Record
 
 
 def read(file: File) -> bytes:

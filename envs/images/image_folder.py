@@ -26,16 +26,21 @@ class ImageFolder:
     """RGB images of a folder or zip, resized to size × size (Lanczos), upright as EXIF says.
 
     Recognised layouts: `train.csv`, `val.csv`, `test.csv` (columns filename, label) with the files under `images/` or
-    beside the csv; or folders `train/`, `val/`, `test/`, each with a folder per class. Of equal files in a class one
+    beside the csv; folders `train/`, `val/`, `test/`, each with a folder per class; or split files, which name the
+    classes of each split, beside a folder per class or CIFAR-100's binary archive. Of equal files in a class one
     counts.
     """
 
     folder: str = ""
-    """The folder, or the zip, that holds the data set."""
+    """The folder, zip or (CIFAR-100's) tar that holds the data set."""
     size: int = 84
     """Height and width in pixels."""
     background: Color = WHITE
     """What shows through where an image is transparent."""
+    splits: str = ""
+    """Folder of the split files: in the data set or its splits/ (of a tar: beside it), or absolute; empty: the only one
+    found there.
+    """
 
     def __post_init__(self) -> None:
         if not all(0 <= value <= 255 for value in self.background):
@@ -43,6 +48,7 @@ class ImageFolder:
         # once, where the run is configured: workers may have another home and another working directory
         if self.folder:
             object.__setattr__(self, "folder", str(Path(self.folder).expanduser().absolute()))
+        object.__setattr__(self, "splits", self.splits and str(Path(self.splits).expanduser()))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -50,7 +56,8 @@ class ImageFolder:
 
     @property
     def _name(self) -> str:
-        key = self.folder + f"\n{self.background}" * (self.background != WHITE)
+        changed = [str(v) for v, default in ((self.background, WHITE), (self.splits, "")) if v != default]
+        key = "\n".join((self.folder, *changed))
         return f"images-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{self.size}"
 
     @property
@@ -63,7 +70,7 @@ class ImageFolder:
             raise FileNotFoundError(
                 f"task.source.folder={self.folder!r} does not exist: a folder or a zip of images is wanted"
             )
-        fingerprint = _fingerprint(path)
+        fingerprint = _fingerprint(path, self.splits)
         store.write_once(self._name, fingerprint, lambda: self._decode(path, fingerprint))
         # In every run that uses the set, not only in the one that decoded it.
         remarks = store.data_folder() / self._remarks
@@ -77,7 +84,7 @@ class ImageFolder:
         return store.load(store.data_folder(), self._name)
 
     def _decode(self, path: Path, fingerprint: str) -> tuple[NDArray[np.uint8], Index]:
-        found = layouts.find(path)
+        found = layouts.find(path, self.splits)
         census = Census()
         names: list[str] = []
         starts, splits = [0], {}
@@ -107,8 +114,10 @@ class ImageFolder:
         return images[: starts[-1]], Index(names, starts, splits, fingerprint)
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(path: Path, splits: str) -> str:
     """Changes with any file's name, size or time, and with how files are decoded."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    seen = "".join(f"{f.relative_to(path.parent)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+    seen = ""
+    for root in (path, path.parent / splits) if splits else (path,):
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        seen += "".join(f"{f.relative_to(root.parent)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
     return hashlib.sha256(f"{decoding.RULES}\n{seen}".encode()).hexdigest()

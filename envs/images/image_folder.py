@@ -1,49 +1,54 @@
-"""Any class-labelled image set: csv files beside images (MiniImagenet's layout), or train, val and test with a folder
-per class.
-"""
+"""Any class-labelled image set, from a folder or zip in one of the layouts of `envs/images/layouts.py`."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import zipfile
-import zlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from envs import store
+from envs.images import decoding, layouts
+from envs.images.census import Census
+from envs.images.decoding import SUFFIXES, Color
 from envs.store import ImageSet, Index
 
-Root: TypeAlias = Path | zipfile.Path
-CSV = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}
-FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-LARGEST_IMAGE = 64 << 20  # bytes in the file; and pixels, by Pillow's own limit
+log = logging.getLogger("metafleet")
+
+WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """RGB images of a folder or zip, resized to size × size (Lanczos).
+    """RGB images of a folder or zip, resized to size × size (Lanczos), upright as EXIF says.
 
     Recognised layouts: `train.csv`, `val.csv`, `test.csv` (columns filename, label) with the files under `images/` or
-    beside the csv; or folders `train/`, `val/`, `test/`, each with a folder per class.
+    beside the csv; folders `train/`, `val/`, `test/`, each with a folder per class; or split files, which name the
+    classes of each split, beside a folder per class or CIFAR-100's binary archive. Of equal files in a class one
+    counts.
     """
 
     folder: str = ""
-    """The folder, or the zip, that holds the data set."""
+    """The folder, zip or (CIFAR-100's) tar that holds the data set."""
     size: int = 84
     """Height and width in pixels."""
+    background: Color = WHITE
+    """What shows through where an image is transparent."""
+    splits: str = ""
+    """Folder of the split files: in the data set or its splits/ (of a tar: beside it), or absolute; empty: the only one
+    found there.
+    """
 
     def __post_init__(self) -> None:
+        if not all(0 <= value <= 255 for value in self.background):
+            raise ValueError(f"background={self.background}: three values from 0 to 255 wanted")
         # once, where the run is configured: workers may have another home and another working directory
         if self.folder:
             object.__setattr__(self, "folder", str(Path(self.folder).expanduser().absolute()))
+        object.__setattr__(self, "splits", self.splits and str(Path(self.splits).expanduser()))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -51,7 +56,13 @@ class ImageFolder:
 
     @property
     def _name(self) -> str:
-        return f"images-{hashlib.sha256(self.folder.encode()).hexdigest()[:12]}-{self.size}"
+        changed = [str(v) for v, default in ((self.background, WHITE), (self.splits, "")) if v != default]
+        key = "\n".join((self.folder, *changed))
+        return f"images-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{self.size}"
+
+    @property
+    def _remarks(self) -> str:
+        return f"{self._name}/remarks.txt"
 
     def prepare(self) -> None:
         path = Path(self.folder)
@@ -59,8 +70,12 @@ class ImageFolder:
             raise FileNotFoundError(
                 f"task.source.folder={self.folder!r} does not exist: a folder or a zip of images is wanted"
             )
-        fingerprint = _fingerprint(path)
+        fingerprint = _fingerprint(path, self.splits)
         store.write_once(self._name, fingerprint, lambda: self._decode(path, fingerprint))
+        # In every run that uses the set, not only in the one that decoded it.
+        remarks = store.data_folder() / self._remarks
+        for remark in remarks.read_text().splitlines() if remarks.exists() else ():
+            log.warning("%s: %s", path, remark)
 
     def files(self) -> tuple[str, ...]:
         return store.files(self._name)
@@ -69,17 +84,13 @@ class ImageFolder:
         return store.load(store.data_folder(), self._name)
 
     def _decode(self, path: Path, fingerprint: str) -> tuple[NDArray[np.uint8], Index]:
-        try:
-            root: Root = zipfile.Path(path) if path.is_file() else path
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is not a whole zip archive ({error}); fetch it again") from error
-        by_split = _listed(root) or _foldered(root)
-        if not by_split:
-            raise ValueError(f"{path} has neither train.csv, val.csv, test.csv nor folders train/, val/, test/")
+        found = layouts.find(path, self.splits)
+        census = Census()
         names: list[str] = []
         starts, splits = [0], {}
-        images: list[NDArray[np.uint8]] = []
-        for split, classes in by_split.items():
+        listed = sum(len(files) for classes in found.splits.values() for files in classes.values())
+        images = np.empty((listed, *self.shape), np.uint8)
+        for split, classes in found.splits.items():
             splits[split] = list(range(len(names), len(names) + len(classes)))
             for label in sorted(classes):
                 if not classes[label]:
@@ -87,69 +98,26 @@ class ImageFolder:
                         f"{path}: class {label} of the {split} split has no image ({', '.join(SUFFIXES)}) directly in "
                         "its folder"
                     )
-                images += [_image(file, self.size) for file in classes[label]]
+                end = starts[-1]
+                try:
+                    for file in classes[label]:
+                        content = decoding.read(file)
+                        if census.new(split, label, str(file), content):
+                            images[end] = decoding.pixels(file, content, self.size, self.background)
+                            end += 1
+                except ValueError as error:
+                    raise ValueError(f"class {label} of the {split} split: {error}") from error
                 names.append(label)
-                starts.append(len(images))
-        return np.stack(images), Index(names, starts, splits, fingerprint)
+                starts.append(end)
+        remarks = "".join(f"{r}\n" for r in census.remarks(found))
+        store.install(self._remarks, lambda file: file.write_text(remarks))
+        return images[: starts[-1]], Index(names, starts, splits, fingerprint)
 
 
-def _fingerprint(path: Path) -> str:
-    """Changes with any file's name, size or time."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    seen = "".join(f"{f.relative_to(path.parent)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
-    return hashlib.sha256(seen.encode()).hexdigest()
-
-
-def _listed(root: Root) -> dict[str, dict[str, list[Root]]]:
-    if not all((root / file).exists() for file in CSV.values()):
-        return {}
-    images = root / "images" if (root / "images").exists() else root
-    found: dict[str, dict[str, list[Root]]] = {}
-    for split, file in CSV.items():
-        classes: dict[str, list[Root]] = {}
-        for row in csv.DictReader(io.StringIO(_text(root / file))):
-            if not row.get("filename") or not row.get("label"):
-                raise ValueError(f"{root / file} has the columns {', '.join(row)}, wanted filename,label")
-            classes.setdefault(row["label"], []).append(images / row["filename"])
-        found[split] = classes
-    return found
-
-
-def _text(file: Root) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not readable ({error})") from error
-
-
-def _foldered(root: Root) -> dict[str, dict[str, list[Root]]]:
-    found: dict[str, dict[str, list[Root]]] = {}
-    for split, names in FOLDERS.items():
-        for folder in (root / name for name in names if (root / name).is_dir()):
-            found[split] = {
-                c.name: sorted((f for f in c.iterdir() if f.name.lower().endswith(SUFFIXES)), key=lambda f: f.name)
-                for c in folder.iterdir() if c.is_dir()
-            }  # fmt: skip
-    return found if len(found) == len(FOLDERS) else {}
-
-
-def _image(file: Root, size: int) -> NDArray[np.uint8]:
-    try:
-        with file.open("rb") as f:
-            content = f.read(LARGEST_IMAGE + 1)
-        if len(content) > LARGEST_IMAGE:
-            raise ValueError(f"{file} is larger than {LARGEST_IMAGE} bytes")
-        with Image.open(io.BytesIO(content)) as image:
-            if image.mode.startswith(("I", "F")):  # converting would cut values off at 255
-                raise ValueError(f"{file} has pixels of mode {image.mode}: 8 bits per channel wanted")
-            pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        zipfile.BadZipFile,
-        zlib.error,
-        KeyError,
-        OSError,
-    ) as error:
-        raise ValueError(f"{file} is not a readable image ({error})") from error
-    return pixels.transpose(2, 0, 1)
+def _fingerprint(path: Path, splits: str) -> str:
+    """Changes with any file's name, size or time, and with how files are decoded."""
+    seen = ""
+    for root in (path, path.parent / splits) if splits else (path,):
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        seen += "".join(f"{f.relative_to(root.parent)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+    return hashlib.sha256(f"{decoding.RULES}\n{seen}".encode()).hexdigest()

@@ -20,7 +20,6 @@ from envs.base import HasFiles, TaskFamily
 from envs.images import omniglot
 from envs.images.episodes import Episodes
 from envs.images.glyphs import Glyphs
-from envs.images.image_folder import ImageFolder
 from envs.images.omniglot import Omniglot
 from envs.sinusoid import Sinusoid
 
@@ -213,82 +212,6 @@ def test_a_download_is_checked_against_its_published_checksum(tmp_path: Path, mo
         with pytest.raises(ValueError, match=f"has MD5 {wrong}, wanted 68d2efa1b9178cc56df9314c21c6e718"):
             Omniglot().prepare()
         server.shutdown()
-
-
-def test_a_real_image_set_in_miniimagenets_layout(tiny_imagenet: Path, data_folder: Path) -> None:
-    source = ImageFolder(folder=str(tiny_imagenet), size=32)
-    tasks = Episodes(source, ways=5, shots=1, queries=15, test_queries=15)
-    tasks.prepare()
-    images = source.load()
-    assert images.images.shape == (15000, 3, 32, 32)
-    assert [len(images.classes(s)) for s in ("train", "validation", "test")] == [64, 16, 20]
-    task = tasks.sample("test", rng(0, "test"))
-    assert task["query_x"].shape == (75, 3, 32, 32)
-    assert 0.2 < task["query_x"].mean() < 0.8
-
-
-def make_folder(root: Path, classes: int = 6, size: int = 20) -> None:
-    drawing = np.random.default_rng(0)
-    for split in ("train", "val", "test"):
-        for c in range(classes):
-            (root / split / f"{split}{c}").mkdir(parents=True)
-            for i in range(4):
-                Image.fromarray(drawing.integers(0, 255, (size, size, 3), np.uint8)).save(
-                    root / split / f"{split}{c}" / f"{i}.png"
-                )
-
-
-def test_a_folder_per_class_and_the_csv_layout_hold_the_same_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("METAFLEET_DATA", str(tmp_path / "data"))
-    make_folder(tmp_path / "folders")
-    with zipfile.ZipFile(tmp_path / "listed.zip", "w") as z:
-        for split in ("train", "val", "test"):
-            rows = ["filename,label"]
-            for file in sorted((tmp_path / "folders" / split).rglob("*.png")):
-                z.write(file, f"images/{file.parent.name}_{file.name}")
-                rows.append(f"{file.parent.name}_{file.name},{file.parent.name}")
-            z.writestr(f"{split}.csv", "\ufeff" * (split == "val") + "\n".join(rows))  # as a spreadsheet writes it
-    loaded = []
-    for path in (tmp_path / "folders", tmp_path / "listed.zip"):
-        source = ImageFolder(folder=str(path), size=16)
-        source.prepare()
-        loaded.append(source.load())
-    np.testing.assert_array_equal(loaded[0].images, loaded[1].images)
-    assert loaded[0].index.splits == loaded[1].index.splits
-    assert loaded[0].index.classes == loaded[1].index.classes
-
-
-def test_a_corrupt_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("METAFLEET_DATA", str(tmp_path / "data"))
-    make_folder(tmp_path / "folders")
-    broken = tmp_path / "folders" / "val" / "val3" / "2.png"
-    broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(ValueError, match="val3/2.png is not a readable image"):
-        ImageFolder(folder=str(tmp_path / "folders"), size=16).prepare()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has neither train.csv, val.csv, test.csv nor folders"):
-        ImageFolder(folder=str(tmp_path / "empty")).prepare()
-    with pytest.raises(FileNotFoundError, match="does not exist: a folder or a zip of images is wanted"):
-        ImageFolder(folder=str(tmp_path / "nowhere")).prepare()
-    make_folder(tmp_path / "deep")
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep" / "val" / "val3" / "2.png")
-    with pytest.raises(ValueError, match="val3/2.png has pixels of mode I;16: 8 bits per channel wanted"):
-        ImageFolder(folder=str(tmp_path / "deep"), size=16).prepare()
-    make_folder(tmp_path / "nested")
-    (tmp_path / "nested" / "val" / ".ipynb_checkpoints").mkdir()
-    with pytest.raises(ValueError, match="class .ipynb_checkpoints of the validation split has no image"):
-        ImageFolder(folder=str(tmp_path / "nested"), size=16).prepare()
-
-
-def test_a_folder_is_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    relative = ImageFolder(folder="some")
-    assert relative == ImageFolder(folder=str(tmp_path / "some"))
-    name = relative.files()
-    monkeypatch.chdir("/")
-    assert relative.files() == name
 
 
 def test_generators_depend_on_everything_they_are_for_and_on_nothing_else() -> None:

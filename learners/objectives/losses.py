@@ -86,17 +86,17 @@ class Huber(Regression):
 
 @dataclass(frozen=True)
 class GaussianNLL:
-    """mean ½ (log σ² + (y − μ)²/σ²): outputs are a pair (μ, σ²), as torch's loss takes them, or one tensor whose last
-    axis is μ followed by log σ².
+    """mean ½ (log σ² + (y − μ)²/σ²): outputs are a pair (μ, σ²), as torch's loss takes them (σ² at least 10⁻⁶), or one
+    tensor whose last axis is μ followed by log σ².
     """
 
     name: ClassVar[str] = "gaussian_nll"
 
     def __call__(self, output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
-        mu, variance = self._parts(output)
+        mu, log_variance = self._parts(output)
         if mu.shape != target.shape:
             raise ValueError(f"targets of shape {tuple(target.shape)} do not fit means of shape {tuple(mu.shape)}")
-        return mean(F.gaussian_nll_loss(mu, target.to(mu.dtype), variance, reduction="none"), mask)
+        return mean((log_variance + (target.to(mu.dtype) - mu).square() * torch.exp(-log_variance)) / 2, mask)
 
     def measures(self) -> Mapping[str, Measure]:
         def mse(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
@@ -106,11 +106,11 @@ class GaussianNLL:
 
     def _parts(self, output: Any) -> tuple[Tensor, Tensor]:
         if isinstance(output, tuple | list) and len(output) == 2:
-            return output[0], output[1]
+            return output[0], output[1].clamp(min=1e-6).log()
         if not isinstance(output, Tensor) or output.shape[-1] % 2:
             raise ValueError("gaussian_nll wants outputs (mean, variance), or one tensor of means and log variances")
         mu, log_variance = output.chunk(2, -1)
-        return mu, log_variance.exp()
+        return mu, log_variance
 
 
 @dataclass(frozen=True)

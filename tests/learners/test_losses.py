@@ -73,6 +73,12 @@ CASES: dict[str, tuple[Any, Tensor, Tensor, Any]] = {
 }  # fmt: skip
 
 
+def test_a_pair_of_means_and_variances_is_torchs_too() -> None:
+    variance = OUTPUT.square()
+    wanted = F.gaussian_nll_loss(OUTPUT, TARGET, variance)
+    assert float(LOSSES["gaussian_nll"]()((OUTPUT, variance), TARGET)) == pytest.approx(float(wanted), abs=1e-12)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_losses_are_torchs(name: str) -> None:
     loss, output, target, wanted = CASES[name]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.setup import assemble, catalog, config, equal_budget, resolve
+from cluster.setup.run import ObjectiveKeys
 from cluster.setup.tables import flat, to_table
 from envs.images.data_free import DataFree
 from learners.algorithms.maml import MAML
@@ -244,3 +245,25 @@ def test_only_what_the_numbers_do_not_depend_on_may_change_on_resume() -> None:
         resolve.check_resumable(run, replace(run, learner=MAML(inner_lr=0.5)))
     with pytest.raises(ValueError, match=r"learner.name was 'maml' when this run began and is 'reptile' now"):
         resolve.check_resumable(run, replace(run, learner=Reptile()))
+
+
+@pytest.mark.parametrize("loss", ["l1", "huber", "gaussian_nll"])
+def test_a_run_may_descend_another_loss(loss: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f'extends = "sinusoid"\npool = "local"\n[objective]\nloss = "{loss}"\n')
+    parts, params = assemble.recipe(replace(config.load(str(path)), execution="vmap"))
+    assert f", {loss} (mean)" in parts.summary()
+    verb = parts.verbs(parts.objective)["gradient"]
+    task = parts.tensors(parts.task("train", 0, verb))
+    assert verb.run({f"params/{k}": v for k, v in params.items()}, {}, task).row["query_loss"].isfinite()
+
+
+def test_keys_of_the_cross_entropy_are_its_own() -> None:
+    glyphs, sinusoid = config.load("glyphs"), config.load("sinusoid")
+    smooth = ObjectiveKeys(label_smoothing=0.1, class_weights=(1, 1, 1, 1, 2))
+    parts, _ = assemble.recipe(replace(glyphs, objective=smooth, execution="loop"))
+    assert "label_smoothing=0.1" in parts.summary()
+    with pytest.raises(ValueError, match="of the cross-entropy, and tasks have numbers"):
+        assemble.recipe(replace(sinusoid, objective=smooth, execution="loop"))
+    with pytest.raises(ValueError, match="not of loss='mse'"):
+        ObjectiveKeys(loss="mse", label_smoothing=0.1)

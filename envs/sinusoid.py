@@ -86,7 +86,12 @@ class Sinusoid:
             x, y = _curve(task)
             axes.plot(x, y, "k-", linewidth=2, label="true curve")
             for step, output, style in zip(steps, outputs(grid), ("C7:", "C1--", "C0-"), strict=False):
-                axes.plot(grid, output, style, label="before" if step == 0 else f"after {step} step{'s' * (step > 1)}")
+                axes.plot(
+                    grid,
+                    output[:, :1],
+                    style,  # a log variance may stand beside it
+                    label="before" if step == 0 else f"after {step} step{'s' * (step > 1)}",
+                )
             axes.plot(task["support_x"], task["support_y"], "C3^", label="support points")
             axes.set(xlabel="x", title=f"held-out task {i}", xlim=(X_LOW, X_HIGH))
         figure.axes[0].set_ylabel("y")

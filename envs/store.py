@@ -1,4 +1,4 @@
-"""The data folder: decoded image sets as plain arrays that every process of a node maps."""
+"""The data folder: image sets, or other labelled examples, as plain arrays that every process of a node maps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -33,9 +34,11 @@ class Index:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A class-indexed image array: images [n, channels, height, width] uint8, mapped read-only."""
+    """A class-indexed array of examples, mapped read-only: images [n, channels, height, width] as bytes, or any numbers
+    [n, …].
+    """
 
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     index: Index
 
     def classes(self, split: str) -> list[int]:
@@ -46,13 +49,20 @@ class ImageSet:
         """Row numbers of a class's images."""
         return range(self.index.starts[label], self.index.starts[label + 1])
 
+    def values(self, rows: Any) -> NDArray[np.float32]:
+        """Examples as float32: bytes as numbers from 0 to 1, others as they are."""
+        picked = self.images[rows]
+        if picked.dtype == np.uint8:
+            return np.asarray(np.divide(picked, 255, dtype=np.float32))
+        return np.asarray(picked, np.float32)
+
 
 def files(name: str) -> tuple[str, ...]:
     """Paths of a stored set, relative to the data folder."""
     return (f"{name}/images.npy", f"{name}/index.json")
 
 
-def write_once(name: str, fingerprint: str, decode: Callable[[], tuple[NDArray[np.uint8], Index]]) -> None:
+def write_once(name: str, fingerprint: str, decode: Callable[[], tuple[NDArray[Any], Index]]) -> None:
     """Store what `decode` returns as set `name`, unless it is there already; one process at a time."""
     images_path, index_path = (data_folder() / f for f in files(name))
     images_path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +97,10 @@ def load(folder: Path, name: str) -> ImageSet:
         raise FileNotFoundError(f"{index_path} does not exist: the data set was not prepared (METAFLEET_DATA={folder})")
     images = np.load(images_path, mmap_mode="r", allow_pickle=False)
     index = _read_index(index_path)
-    if images.dtype != np.uint8 or images.ndim != 4 or index.starts[-1] != len(images):
+    if images.dtype not in (np.uint8, np.float32) or images.ndim < 2 or index.starts[-1] != len(images):
         raise ValueError(
-            f"{images_path} holds {images.dtype} {images.shape}, wanted uint8 [{index.starts[-1]}, c, h, w]; delete it "
-            "to decode again"
+            f"{images_path} holds {images.dtype} {images.shape}, wanted uint8 or float32 [{index.starts[-1]}, …]; "
+            "delete it to decode again"
         )
     return ImageSet(images, index)
 
@@ -108,6 +118,6 @@ def _read_index(path: Path) -> Index:
     return Index(**json.loads(path.read_text()))
 
 
-def _save_array(path: Path, images: NDArray[np.uint8]) -> None:
+def _save_array(path: Path, images: NDArray[Any]) -> None:
     with open(path, "wb") as f:
         np.save(f, images, allow_pickle=False)

@@ -11,7 +11,10 @@ from envs.control.navigation import Navigation
 from envs.images.data_free import DataFree
 from envs.images.episodes import Episodes, ImageSource
 from envs.images.glyphs import Glyphs
+from envs.images.hugging_face import HuggingFace
 from envs.images.image_folder import ImageFolder
+from envs.images.labelled import Stored
+from envs.images.npz import Npz
 from envs.images.omniglot import Omniglot
 from envs.images.pretraining import Pretraining
 from envs.sinusoid import Sinusoid
@@ -48,7 +51,10 @@ TASKS: dict[str, type] = {
     "sinusoid": Sinusoid, "episodes": Episodes, "navigation": Navigation, "locomotion": Locomotion,
     "data_free": DataFree, "pretraining": Pretraining,
 }  # fmt: skip
-SOURCES: dict[str, type] = {"omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs}
+SOURCES: dict[str, type] = {
+    "omniglot": Omniglot, "image_folder": ImageFolder, "glyphs": Glyphs, "npz": Npz, "hugging_face": HuggingFace,
+    "stored": Stored,
+}  # fmt: skip
 MODELS: dict[str, type] = {
     "mlp": MLP, "conv4": Conv4, "resnet": ResNet, "resnet12": ResNet12, "wide_resnet": WideResNet, "vit": ViT,
     "constructor": Constructor, "gaussian_mlp": GaussianMLP, "context_mlp": ContextMLP,

@@ -171,7 +171,7 @@ class Lessons:
         """(to train on, held back) of a class, in [0, 1]."""
         images = self.source.load()
         rows = images.rows(label)
-        x = images.images[rows.start : rows.stop] / np.float32(255)
+        x = images.values(slice(rows.start, rows.stop))
         held = max(1, round(self.held_back * len(x)))
         return x[held:].astype(np.float32), x[:held].astype(np.float32)
 

@@ -80,15 +80,19 @@ def pixels(file: File, content: bytes, size: int, background: Color) -> NDArray[
             image.load()
             mode = image.mode
             if not mode.startswith("F") and (mode != "I" or image.format in ("PNG", "PPM")):
-                flat = _flat(_bytes(_turned(image)), background)
-                resized = flat.resize((size, size), Image.Resampling.LANCZOS)
-                return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)
+                return flat(_turned(image), size, background)
     except UnidentifiedImageError as error:
         raise ValueError(f"{file} is not a readable image (its {len(content)} bytes are of no known format)") from error
     except UNREADABLE as error:
         raise ValueError(f"{file} is not a readable image ({error})") from error
     # Numbers without a largest one: no rule says which of them is white.
     raise ValueError(f"{file} has pixels of mode {mode}: 8 or 16 bits per channel wanted")
+
+
+def flat(image: Image.Image, size: int, background: Color) -> NDArray[np.uint8]:
+    """An image as [3, size, size] bytes on a background, resized by Lanczos."""
+    resized = _flat(_bytes(image), background).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)
 
 
 def _turned(image: Image.Image) -> Image.Image:

@@ -20,8 +20,8 @@ class ImageSource(Protocol):
     """Where images come from: a frozen dataclass that can decode itself into the data folder, once."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of images; of other examples any."""
 
     def prepare(self) -> None:
         """Fetch, check and decode. Raises ValueError or OSError with the file and what is wrong with it."""
@@ -91,6 +91,11 @@ class Episodes:
     def check(self, splits: tuple[str, ...]) -> None:
         """Raise ValueError where one of the splits has too few classes or images."""
         images = self.source.load()
+        if len(self.source.shape) != 3 and (self.rotations != "none" or self.augment != Augmentation()):
+            raise ValueError(
+                f"rotations and augment are of images (channels, height, width); the source's examples are "
+                f"{self.source.shape}"
+            )
         for split in splits:
             classes = images.classes(split)
             if self.ways > len(classes):
@@ -116,8 +121,9 @@ class Episodes:
         for label, turn in zip(classes, turns, strict=True):
             rows = images.rows(label)
             picked = rows.start + rng.choice(len(rows), shots + queries, replace=False)
-            drawn.append(np.rot90(images.images[picked], turn, axes=(-2, -1)))
-        x: Images = np.divide(np.stack(drawn), 255, dtype=np.float32)
+            values = images.values(picked)
+            drawn.append(np.rot90(values, turn, axes=(-2, -1)) if turn else values)
+        x: Images = np.stack(drawn)
         support, y = _flat(x[:, :shots]), np.arange(ways).repeat(shots)
         if self.min_shots and queries:
             kept = np.arange(shots) < rng.integers(self.min_shots, shots + 1, (ways, 1))
@@ -137,6 +143,8 @@ class Episodes:
         return self.shots, self.queries if split == "train" else self.test_queries
 
     def picture(self, tasks: list[Arrays], predict: list[Predict], steps: list[int]) -> Figure:
+        if len(self.source.shape) != 3:
+            raise ValueError(f"examples of shape {self.source.shape} are no images")
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 1.1 * self.ways * len(tasks)), layout="constrained")

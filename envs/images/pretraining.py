@@ -51,5 +51,5 @@ class Pretraining(Episodes):
         drawn = rng.integers(sizes.sum(), size=self.batch)  # every image alike
         y = np.searchsorted(sizes.cumsum(), drawn, side="right")
         rows = drawn - (sizes.cumsum() - sizes)[y] + np.asarray([images.rows(c).start for c in known])[y]
-        x = self.augment.applied(images.images[rows].astype(np.float32) / 255, rng)
+        x = self.augment.applied(images.values(rows), rng)
         return {"support_x": x, "support_y": y, "query_x": x, "query_y": y}

@@ -91,8 +91,8 @@ class Descent:
     clip_norm: float = 0.0
     """Scale G down to this norm; 0: do not."""
     ema: float = 0.0
-    """d of a running mean θ̄ ← d θ̄ + (1 − d) θ, which evaluation, the best checkpoint and export take instead of θ;
-    the first steps count for more, d = (1 + t)/(10 + t). 0: none."""
+    """d of a running mean θ̄ ← d θ̄ + (1 − d) θ from θ₀ on, which evaluation, the best checkpoint and export take in
+    the place of θ; the first steps count for more, d = (1 + t)/(10 + t). 0: none."""
     groups: tuple[Group, ...] = ()
     """Parameters with rates or decays of their own, as tables [[outer.groups]]; the first that matches counts."""
 

@@ -154,7 +154,7 @@ def test_a_rate_of_0_freezes_whatever_the_schedule_and_leaves_the_norm_to_what_m
     theta = {k: torch.linspace(1, 2, 3, dtype=torch.float64) for k in NAMES}
     mean = {f"params/{k}": 5 * v for k, v in theta.items()}
     groups = (Group("body.*", lr=0.0), Group("head.*", lr=0.1))
-    outer = Descent(name, lr, "linear", 0.5, horizon=8, clip_norm=0.3, weight_decay=0.1, groups=groups)  # type: ignore[arg-type]
+    outer = Descent(name, lr, "linear", 0.5, horizon=8, clip_norm=0.3, weight_decay=0.1, groups=groups)
     metas = [Meta(theta, {})]
     state = outer.init(metas[0])
     for _ in range(8):

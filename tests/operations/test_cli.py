@@ -341,8 +341,9 @@ def test_a_running_mean_is_what_is_exported_evaluated_and_begun_from_and_replay_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "sinusoid", *TINY]
+    groups = '[{match = "head.*", lr = 0.01, weight_decay = 0.1}]'
     metafleet(*words, "--dir", str(tmp_path / "m"), "--outer.ema", "0.5", "--outer.optimizer", "adamw",
-              "--outer.lr", "0.05", "--outer.groups", '[{match = "head.*", lr = 0.01, weight_decay = 0.1}]')  # fmt: skip
+              "--outer.lr", "0.05", "--outer.groups", groups)  # fmt: skip
     state = Checkpoints(tmp_path / "m" / "checkpoints").newest()
     mean = {k.removeprefix("averaged/"): v for k, v in state.outer.items() if k.startswith("averaged/")}
     assert mean.keys() == state.meta.params.keys()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tomllib
+import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import tomli_w
 import tyro
 
-from cluster.setup import config
+from cluster.setup import config, tables
 from cluster.setup.run import Run
 
 T = TypeVar("T")
@@ -40,10 +43,10 @@ def configured(
     )
     values = _values(parsed)
     own = {k: values.pop(k) for k in _values(options())}
-    return name, options(**own), Run(**{k: _plain(v) for k, v in values.items()})
+    return name, options(**own), Run(**{k: _plain(v, f"{k}.") for k, v in values.items()})
 
 
-def _narrowed(value: Any) -> Any:
+def _narrowed(value: Any, key: str = "") -> Any:
     """An equal dataclass whose fields are declared as the classes that stand in them, not as interfaces.
 
     tyro makes flags of the types that fields are declared with, and knows only that much of them. Of
@@ -54,16 +57,23 @@ def _narrowed(value: Any) -> Any:
 
         Run'(Run)(learner: MAML = MAML(inner_lr=0.1), outer: Descent = Descent(lr=0.01))
 
-    an equal value of a subclass made on the spot, of which it makes --learner.inner-lr and --outer.lr. What tyro
-    returns is a Run' too; `_plain` leads back by way of `of`, which holds the class that was narrowed. A subclass
-    checks nothing itself: its `__post_init__` would run before all flags are there.
+    an equal value of a subclass made on the spot, of which it makes --learner.inner-lr and --outer.lr. An array of
+    tables becomes a text, in TOML: tyro has flags for as many elements as there are, none for another one. What tyro
+    returns is a Run' too; `_plain` leads back by way of `of`, which holds the class that was narrowed. A subclass of
+    one with others inside checks nothing itself: its `__post_init__` would run before all flags are there.
     """
-    inner = {name: _narrowed(child) for name, child in _values(value).items() if dataclasses.is_dataclass(child)}
+    inside = {k: _narrowed(v, f"{key}{k}.") for k, v in _values(value).items() if dataclasses.is_dataclass(v)}
+    inner = inside | {name: _toml(getattr(value, name)) for name in _arrays(type(value))}
     if not inner:
         return value
     cls = type(value)
     declared = {name: type(child) for name, child in inner.items()}
-    body = {"__annotations__": declared, "__doc__": cls.__doc__, "__post_init__": lambda self: None, "of": cls}
+
+    def check(self: Any) -> None:
+        if not inside:
+            _plain(self, key)
+
+    body = {"__annotations__": declared, "__doc__": cls.__doc__, "__post_init__": check, "of": cls}
     narrow: Any = dataclass(frozen=True)(type(cls.__name__, (cls,), body | inner))
     return narrow(**(_values(value) | inner))
 
@@ -72,12 +82,33 @@ def _values(value: Any) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
 
 
-def _plain(value: Any) -> Any:
-    """Back from narrowed classes to the real ones."""
+def _plain(value: Any, key: str) -> Any:
+    """Back from narrowed classes to the real ones; `key` stands before the names of fields."""
     if not dataclasses.is_dataclass(value):
         return value
     cls: Any = getattr(type(value), "of", type(value))
-    return cls(**{name: _plain(child) for name, child in _values(value).items()})
+    plain = {name: _plain(child, f"{key}{name}.") for name, child in _values(value).items()}
+    for name, hint in _arrays(cls).items():
+        plain[name] = tables.from_rows(hint, _parsed(plain[name], f"{key}{name}"), f"{key}{name}")
+    return cls(**plain)
+
+
+def _arrays(cls: Any) -> dict[str, Any]:
+    """Fields that hold arrays of tables, with their types."""
+    return {name: hint for name, hint in typing.get_type_hints(cls).items() if tables.rows_of(hint)}
+
+
+def _toml(elements: tuple[Any, ...]) -> str:
+    """An array of tables in one line, [{match = "head.*", lr = 0.001}]; their values are scalars."""
+    inline = [tomli_w.dumps(tables.to_table(e)).strip().replace("\n", ", ") for e in elements]
+    return f"[{', '.join(f'{{{text}}}' for text in inline)}]"
+
+
+def _parsed(text: str, key: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{key}={text!r} is not valid TOML, like [{{key = 1}}, {{key = 2}}]: {error}") from error
 
 
 def _choices(words: list[str]) -> tuple[dict[str, str], list[str]]:

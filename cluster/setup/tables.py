@@ -46,18 +46,22 @@ def _value(hint: Any, value: Any, path: str) -> Any:
                 )
             hint = choices[name]
         return from_table(hint, rest, f"{path}.")
-    several = _rows_of(hint)
-    if several is not None:
-        if not isinstance(value, list | tuple) or not all(isinstance(row, dict) for row in value):
-            raise ValueError(f"{path}={value!r}: tables wanted, [[{path}]] in TOML")
-        return tuple(from_table(several, row, f"{path}[{i}].") for i, row in enumerate(value))
+    if rows_of(hint) is not None:
+        return from_rows(hint, value, path)
     try:
         return pydantic.TypeAdapter(hint, config={"allow_inf_nan": True}).validate_python(value)
     except pydantic.ValidationError as error:
         raise ValueError(f"{path}={value!r}: {error.errors()[0]['msg'].replace('Input should', 'should')}") from error
 
 
-def _rows_of(hint: Any) -> Any:
+def from_rows(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
+    """The dataclasses of a field that holds any number of them, from a list of tables."""
+    if not isinstance(value, list | tuple) or not all(isinstance(row, dict) for row in value):
+        raise ValueError(f"{path}={value!r}: tables wanted, [[{path}]] in TOML")
+    return tuple(from_table(rows_of(hint), row, f"{path}[{i}].") for i, row in enumerate(value))
+
+
+def rows_of(hint: Any) -> Any:
     """The dataclass of which a field holds any number; None for another field."""
     row = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
     return row if dataclasses.is_dataclass(row) else None

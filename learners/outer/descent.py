@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
@@ -12,15 +13,23 @@ from learners.base import AVERAGED, Learner, Meta, Objective, Params, Reduce, Ve
 from learners.engine import tree
 from learners.engine.optimisers import SGD, Adam, Optimiser, Schedule, clip_by_norm, clip_by_value, scheduled
 
+LATER = ("nesterov", "weight_decay", "ema", "groups")
+"""Fields of `Descent` that runs which began earlier do not know."""
+
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that descend at a rate, or with a decay, of their own."""
+    """Parameters that descend at a rate, or with a decay, of their own.
+
+    Patterns are those of `learner.adapts`, and like them speak of the model's parameters: what a learner learns beside
+    these (`alpha/…`, `rate/…`) is matched only by a pattern with a /.
+    """
 
     match: str
-    """Pattern of their names (`head.*`); learned inner rates are `name/…`."""
+    """Pattern of their names (`head.*`)."""
     lr: float = -1.0
-    """Their rate where the others' is `outer.lr`, and scheduled alike; 0: they stay; −1: the others'."""
+    """Their rate where the others' is `outer.lr`, and scheduled alike; 0: they stay, and have no part in the norm that
+    is clipped; −1: the others'."""
     weight_decay: float = -1.0
     """Their decay; −1: the others'."""
 
@@ -29,6 +38,10 @@ class Group:
             value = getattr(self, name)
             if value < 0 and value != -1:
                 raise ValueError(f"{name}={value}: 0 or more wanted, or -1 for that of the other parameters")
+
+    def matches(self, name: str) -> bool:
+        """Whether this is about a parameter."""
+        return fnmatchcase(name, self.match) and ("/" in self.match or "/" not in name)
 
 
 class _Part(NamedTuple):
@@ -78,8 +91,8 @@ class Descent:
     clip_norm: float = 0.0
     """Scale G down to this norm; 0: do not."""
     ema: float = 0.0
-    """d of a running mean θ̄ ← d θ̄ + (1 − d) θ, which evaluation, the best checkpoint and export take instead of θ;
-    the first steps count for more, d = (1 + t)/(10 + t). 0: none."""
+    """d of a running mean θ̄ ← d θ̄ + (1 − d) θ from θ₀ on, which evaluation, the best checkpoint and export take in
+    the place of θ; the first steps count for more, d = (1 + t)/(10 + t). 0: none."""
     groups: tuple[Group, ...] = ()
     """Parameters with rates or decays of their own, as tables [[outer.groups]]; the first that matches counts."""
 
@@ -92,8 +105,13 @@ class Descent:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov without momentum: momentum > 0 wanted")
 
+    def __repr__(self) -> str:
+        """What checkpoints know it by: later fields only where they are made use of, so that earlier runs go on."""
+        shown = [f for f in fields(self) if f.name not in LATER or getattr(self, f.name) != f.default]
+        return f"Descent({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
     def init(self, meta: Meta) -> Params:
-        self._parts(meta.params)
+        self._check_groups(meta.params)
         optimiser = self._optimiser().init(meta.params)
         state = {"step": torch.zeros((), dtype=torch.float64)} | tree.with_prefix("optimizer", optimiser)
         return state | tree.with_prefix(AVERAGED, meta.params) if self.ema else state
@@ -107,6 +125,7 @@ class Descent:
     def apply(self, meta: Meta, state: Params, mean: Params, lr_scale: float) -> tuple[Meta, Params, dict[str, float]]:
         grads, slots = unpack(mean)
         metrics = {"outer/grad_norm": float(tree.norm(grads))}
+        grads = {k: torch.zeros_like(g) if self._stays(k) else g for k, g in grads.items()}
         if self.clip_value:
             grads = clip_by_value(grads, self.clip_value)
         if self.clip_norm:
@@ -114,16 +133,19 @@ class Descent:
         step, moments = int(state["step"]), tree.under("optimizer", state)
         params, after = meta.params, moments
         for part in self._parts(meta.params):
-            final = self.final_lr * part.lr / self.lr if self.lr else self.final_lr
-            lr = scheduled(self.schedule, part.lr, final, step, self.horizon) * lr_scale
+            lr = 0.0 if self._stays(part.names[0]) else self._rate(part.lr, step) * lr_scale
             moved, kept = self._moved(part, meta.params, grads, moments, lr)
             params, after = params | moved, after | kept
-        rate = scheduled(self.schedule, self.lr, self.final_lr, step, self.horizon) * lr_scale
         now = {"step": state["step"] + 1} | tree.with_prefix("optimizer", after)
         if self.ema:
             d = min(self.ema, (1 + step) / (10 + step))
             now |= {f"{AVERAGED}/{k}": torch.lerp(p, state[f"{AVERAGED}/{k}"], d) for k, p in params.items()}
-        return Meta(params, slots), now, metrics | {"outer/lr": rate}
+        return Meta(params, slots), now, metrics | {"outer/lr": self._rate(self.lr, step) * lr_scale}
+
+    def _rate(self, first: float, step: int) -> float:
+        """The rate of a step, of parameters that begin with `first`: the others' in proportion."""
+        final = self.final_lr * (first / self.lr if self.lr else 1.0)  # this order: their own are not rounded
+        return scheduled(self.schedule, first, final, step, self.horizon)
 
     def _moved(
         self, part: _Part, params: Params, grads: Params, moments: Params, lr: float
@@ -138,18 +160,36 @@ class Descent:
         return self._optimiser().update(theta, slope, own, lr)
 
     def _parts(self, params: Params) -> list[_Part]:
-        """The parameters by group. Raises ValueError for a pattern that matches none."""
+        """The parameters by group."""
         parts = [
             _Part([], self.lr if g.lr < 0 else g.lr, self.weight_decay if g.weight_decay < 0 else g.weight_decay)
             for g in self.groups
         ] + [_Part([], self.lr, self.weight_decay)]
         for name in params:
-            matching = (i for i, g in enumerate(self.groups) if fnmatchcase(name, g.match))
-            parts[next(matching, len(self.groups))].names.append(name)
-        for group in self.groups:
-            if not any(fnmatchcase(name, group.match) for name in params):
-                raise ValueError(f"groups: match={group.match!r} matches none of the parameters {', '.join(params)}")
+            parts[self._group(name)].names.append(name)
         return [part for part in parts if part.names]
+
+    def _group(self, name: str) -> int:
+        """Number of the first group that matches; how many there are, where none does."""
+        return next((i for i, g in enumerate(self.groups) if g.matches(name)), len(self.groups))
+
+    def _stays(self, name: str) -> bool:
+        """Whether a parameter is in a group that does not move."""
+        number = self._group(name)
+        return number < len(self.groups) and self.groups[number].lr == 0
+
+    def _check_groups(self, params: Params) -> None:
+        """Raise ValueError for a group that no parameter is in."""
+        meant = {self._group(name) for name in params}
+        for number, group in enumerate(self.groups):
+            if not any(map(group.matches, params)):
+                near = ", ".join(get_close_matches(group.match, list(params), 1, 0.0))
+                raise ValueError(f"groups: match={group.match!r} matches none of the parameters; did you mean {near}?")
+            if number not in meant:
+                raise ValueError(
+                    f"groups: match={group.match!r} matches only what groups before it do, and the first that matches "
+                    "counts"
+                )
 
     def _optimiser(self) -> Optimiser:
         match self.optimizer:

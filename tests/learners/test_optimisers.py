@@ -133,6 +133,74 @@ def test_groups_keep_their_rates_in_proportion_under_a_schedule_and_rates_that_a
             torch.testing.assert_close(meta.params[k], wanted, rtol=0, atol=1e-12)
 
 
+def test_the_first_group_that_matches_counts_and_patterns_without_a_stroke_leave_learned_rates_alone() -> None:
+    names = ("head.bias", "head.weight", "alpha/head.weight")
+    theta = {k: torch.ones(1, dtype=torch.float64) for k in names}
+    ones = {f"params/{k}": v for k, v in theta.items()}
+
+    def moved(*groups: Group) -> list[float]:
+        outer = Descent("sgd", 0.25, groups=groups)
+        meta, _, _ = outer.apply(Meta(theta, {}), outer.init(Meta(theta, {})), ones, 1.0)
+        return [1 - float(meta.params[k]) for k in names]
+
+    assert moved(Group("*.bias", lr=0.125), Group("*head*", lr=0.5)) == [0.125, 0.5, 0.25]
+    assert moved(Group("*", lr=0.5)) == [0.5, 0.5, 0.25]
+    assert moved(Group("alpha/*", lr=0.5)) == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.0])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_rate_of_0_freezes_whatever_the_schedule_and_leaves_the_norm_to_what_moves(name: str, lr: float) -> None:
+    theta = {k: torch.linspace(1, 2, 3, dtype=torch.float64) for k in NAMES}
+    mean = {f"params/{k}": 5 * v for k, v in theta.items()}
+    groups = (Group("body.*", lr=0.0), Group("head.*", lr=0.1))
+    outer = Descent(name, lr, "linear", 0.5, horizon=8, clip_norm=0.3, weight_decay=0.1, groups=groups)
+    metas = [Meta(theta, {})]
+    state = outer.init(metas[0])
+    for _ in range(8):
+        meta, state, _ = outer.apply(metas[-1], state, mean, 1.0)
+        metas.append(meta)
+    assert all(torch.equal(metas[-1].params[k], theta[k]) for k in NAMES if k.startswith("body"))
+    assert not torch.equal(metas[-1].params["head.weight"], theta["head.weight"])
+    if name == "sgd":  # the head's gradient alone has the norm 0.3
+        head, g = theta["head.weight"], mean["params/head.weight"]
+        wanted = head - 0.1 * (0.3 * g / g.norm() + 0.1 * head)
+        torch.testing.assert_close(metas[1].params["head.weight"], wanted, rtol=0, atol=1e-12)
+
+
+def test_groups_under_clipping_and_a_schedule_are_torchs() -> None:
+    theta = {k: torch.linspace(-1, 2, 3 + i, dtype=torch.float64) for i, k in enumerate(NAMES)}
+    x = {k: v.clone().requires_grad_() for k, v in theta.items()}
+    rates = {"head.weight": {"lr": 0.05}, "body.bias": {"weight_decay": 0.0}}
+    theirs = torch.optim.AdamW([{"params": [p], **rates.get(k, {})} for k, p in x.items()], lr=0.01, weight_decay=0.2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 25)
+    groups = (Group("head.*", lr=0.05), Group("*.bias", weight_decay=0.0))
+    ours = Descent("adamw", 0.01, "cosine", horizon=25, clip_norm=0.5, weight_decay=0.2, groups=groups)
+    meta = Meta(theta, {})
+    state = ours.init(meta)
+    for _ in range(25):
+        slope = {k: p.detach() ** 3 for k, p in x.items()}
+        norm = torch.cat([g.flatten() for g in slope.values()]).norm()  # torch's own clipping adds 1e-6 to it
+        for k, p in x.items():
+            p.grad = slope[k] * min(1.0, 0.5 / float(norm))
+        theirs.step()
+        schedule.step()
+        meta, state, _ = ours.apply(meta, state, {f"params/{k}": v**3 for k, v in meta.params.items()}, 1.0)
+    torch.testing.assert_close(meta.params, {k: p.detach() for k, p in x.items()}, rtol=0, atol=1e-12)
+
+
+def test_a_run_that_began_before_groups_decay_and_mean_has_the_outer_step_it_had() -> None:
+    # As a checkpoint of 26 November 2026, 16:00, has it.
+    assert repr(Descent(lr=0.003, schedule="cosine", horizon=6)) == (
+        "Descent(optimizer='adam', lr=0.003, schedule='cosine', final_lr=0.0, horizon=6, beta1=0.9, beta2=0.999, "
+        "eps=1e-08, momentum=0.0, clip_value=0.0, clip_norm=0.0)"
+    )
+    changed = [Descent(), Descent(weight_decay=0.1), Descent(ema=0.5), Descent("sgd", momentum=0.9),
+               Descent("sgd", momentum=0.9, nesterov=True), Descent(groups=(Group("*", lr=0.1),)),
+               Descent(groups=(Group("*", lr=0.2),))]  # fmt: skip
+    assert len(set(map(repr, changed))) == len(changed)
+
+
 def test_a_running_mean_of_theta_is_what_is_used() -> None:
     outer, meta = Descent("sgd", 1.0, ema=0.5), Meta({"a": torch.zeros((), dtype=torch.float64)}, {"s": torch.ones(1)})
     state, mean = outer.init(meta), 0.0
@@ -147,8 +215,12 @@ def test_a_running_mean_of_theta_is_what_is_used() -> None:
 
 def test_patterns_and_numbers_that_cannot_be_are_refused() -> None:
     meta = Meta({"head.weight": torch.ones(1)}, {})
-    with pytest.raises(ValueError, match=r"match='haed\.\*' matches none of the parameters head.weight"):
+    with pytest.raises(
+        ValueError, match=r"match='haed\.\*' matches none of the parameters; did you mean head.weight\?"
+    ):
         Descent(groups=(Group("haed.*", lr=0.1),)).init(meta)
+    with pytest.raises(ValueError, match=r"match='\*weight' matches only what groups before it do"):
+        Descent(groups=(Group("head.*", lr=0.1), Group("*weight", lr=0.2))).init(meta)
     with pytest.raises(ValueError, match="lr=-2"):
         Group("*", lr=-2)
     with pytest.raises(ValueError, match="ema=1"):

@@ -19,6 +19,7 @@ from cluster.operations.existing_run import begun
 from cluster.record.checkpoint import Checkpoints
 from cluster.setup import config
 from cluster.training.identity import digest
+from learners.outer.descent import Descent, Group
 from tests.commands import TINY, metafleet, refusal
 
 
@@ -224,6 +225,20 @@ def test_another_choice_leaves_the_tables_of_the_old_one_behind(capsys: pytest.C
     assert "inversion_steps" not in output
 
 
+def test_groups_come_and_go_on_the_command_line_as_toml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = '[{match = "head.*", lr = 0.001}, {match = "a \\"b\\"", weight_decay = 0.0}]'
+    metafleet("show", "sinusoid", "--outer.groups", given)
+    (tmp_path / "run.toml").write_text(capsys.readouterr().out)
+    wanted = (Group("head.*", lr=0.001), Group('a "b"', weight_decay=0.0))
+    assert config.load(str(tmp_path / "run.toml")).outer.groups == wanted
+    metafleet("show", str(tmp_path / "run.toml"), "--outer.lr", "0.5")  # flags beside it leave it as it is
+    (tmp_path / "other.toml").write_text(capsys.readouterr().out)
+    assert config.load(str(tmp_path / "other.toml")).outer == Descent("adam", 0.5, "cosine", groups=wanted)
+    metafleet("show", str(tmp_path / "run.toml"), "--outer.groups", "[]")
+    (tmp_path / "none.toml").write_text(capsys.readouterr().out)
+    assert config.load(str(tmp_path / "none.toml")).outer.groups == ()
+
+
 def test_list_show_and_every_help_page(capsys: pytest.CaptureFixture[str]) -> None:
     metafleet("list")
     output = capsys.readouterr().out
@@ -320,6 +335,34 @@ def test_learned_rates_go_along_with_theta(tmp_path: Path) -> None:
     ends = [Checkpoints(tmp_path / d / "checkpoints").newest().meta for d in "ab"]
     assert any(k.startswith("alpha/") for k in ends[0].params)
     assert digest(ends[0]) == digest(ends[1])
+
+
+def test_a_running_mean_is_what_is_exported_evaluated_and_begun_from_and_replay_is_of_theta(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "sinusoid", *TINY]
+    groups = '[{match = "head.*", lr = 0.01, weight_decay = 0.1}]'
+    metafleet(*words, "--dir", str(tmp_path / "m"), "--outer.ema", "0.5", "--outer.optimizer", "adamw",
+              "--outer.lr", "0.05", "--outer.groups", groups)  # fmt: skip
+    state = Checkpoints(tmp_path / "m" / "checkpoints").newest()
+    mean = {k.removeprefix("averaged/"): v for k, v in state.outer.items() if k.startswith("averaged/")}
+    assert mean.keys() == state.meta.params.keys()
+    assert not any(torch.equal(mean[k], v) for k, v in state.meta.params.items())
+    metafleet("export", str(tmp_path / "m"), str(tmp_path / "theta.safetensors"))
+    with safe_open(tmp_path / "theta.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(k), v) for k, v in mean.items())
+    metafleet("evaluate", str(tmp_path / "m"), "--pool", "local", "--json", str(tmp_path / "e.json"))
+    again = json.loads((tmp_path / "e.json").read_text())["mean"]
+    assert again == json.loads((tmp_path / "m" / "evaluation.json").read_text())["mean"]
+    metafleet(*words, "--dir", str(tmp_path / "n"), "--init-from", str(tmp_path / "m"), "--outer.lr", "0.0")
+    begun_from = Checkpoints(tmp_path / "n" / "checkpoints").newest().meta.params
+    assert all(torch.equal(begun_from[k], v) for k, v in mean.items())
+    assert json.loads((tmp_path / "n" / "evaluation.json").read_text())["mean"] == again
+    capsys.readouterr()
+    metafleet("replay", str(tmp_path / "m"))
+    assert "end in the recorded bits" in capsys.readouterr().out
+    metafleet("resume", str(tmp_path / "m"), "--iterations", "8")
+    assert Checkpoints(tmp_path / "m" / "checkpoints").newest().iteration == 8
 
 
 def test_a_run_starts_from_the_theta_of_another(

@@ -44,6 +44,10 @@ def test_a_missing_gpu_is_one_clear_sentence(tmp_path: Path, capsys: pytest.Capt
             ["train", "omniglot", "--task.source.folder", "nowhere"],
             "nowhere holds neither images_background.zip nor its unpacked folder",
         ),
+        (
+            ["train", "sinusoid", "--pool", "local", "--outer.groups", '[{match = "haed.*", lr = 0.1}]'],
+            "groups: match='haed.*' matches none of the parameters; did you mean head.",
+        ),
         (["resume", "nowhere"], "nowhere has no run.toml: not a run directory, or one of a run made in Python"),
         (["evaluate", "nowhere"], "nowhere has no run.toml"),
         (["status", "nowhere"], "nowhere has no status.json"),
@@ -80,6 +84,8 @@ def test_each_mistake_is_one_clear_sentence(
         (["--iterations", "many"], ["many", "--iterations INT"]),
         (["--learner.inner-lr", "-1"], ["inner_lr=-1.0: 0 or more wanted"]),
         (["--outer.lr", "-1"], ["lr=-1.0: 0 or more wanted"]),
+        (["--outer.groups", "head"], ["outer.groups='head' is not valid TOML"]),
+        (["--outer.groups", "[{match = 1}]"], ["outer.groups[0].match=1: should be a valid string"]),
         (["--task.amplitude", "5", "0.1"], ["amplitude=(5.0, 0.1): the lower end first wanted"]),
     ],
 )

@@ -218,6 +218,14 @@ def test_extends_merges_keys_and_a_new_choice_starts_afresh(tmp_path: Path) -> N
     assert (run.task.ways, run.task.shots, run.task.source.train) == (7, 1, 1200)
 
 
+def test_a_group_cannot_change_on_resume() -> None:
+    run = config.load("sinusoid")
+    before, same, after = (replace(run, outer=Descent(groups=(Group("head.*", lr=lr),))) for lr in (0.5, 0.5, 0.25))
+    resolve.check_resumable(before, same)
+    with pytest.raises(ValueError, match=r"outer.groups was .*'lr': 0.5.* when this run began and is .*'lr': 0.25"):
+        resolve.check_resumable(before, after)
+
+
 def test_groups_of_parameters_are_tables_that_survive_a_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text(

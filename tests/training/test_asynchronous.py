@@ -29,13 +29,14 @@ from cluster.training.policy import Policy
 from cluster.training.synchronous import Synchronous
 from learners.algorithms.maml_plus_plus import MAMLPlusPlus
 from learners.base import Meta
-from learners.outer.descent import Descent
+from learners.outer.descent import Descent, Group
 from learners.outer.trust_region import TrustRegion
 from tests.fakes import Noisy, ScriptedPool, SleepyPool, quadratic_recipe, start
 from tests.training.test_driver import non_finite
 
 FEW = Evaluation(every=4, validation_tasks=6, tasks=5, steps=2, pictures=0)
 SGD = Descent(optimizer="sgd", lr=0.1)
+AVERAGING = Descent("adamw", 0.05, weight_decay=0.1, groups=(Group("theta", lr=0.1),), ema=0.7)
 
 
 class LatePool(LocalPool):
@@ -78,7 +79,7 @@ def run(
                   shard=2, evaluation=FEW, policy=policy, **options).run()  # fmt: skip
 
 
-@pytest.mark.parametrize("outer", [Descent(), Descent(optimizer="sgd", momentum=0.9, lr=0.1)])
+@pytest.mark.parametrize("outer", [Descent(), Descent(optimizer="sgd", momentum=0.9, lr=0.1), AVERAGING])
 @pytest.mark.parametrize("learner", [quadratic_recipe().learner, Noisy()])
 @pytest.mark.parametrize("how", [{"power": 0.5}, {"power": 2.0, "damping": 3.0, "compensation": 1.0}])
 def test_a_whole_batch_in_flight_is_the_synchronous_run_bit_for_bit(tmp_path: Path, outer, learner, how) -> None:
@@ -86,6 +87,8 @@ def test_a_whole_batch_in_flight_is_the_synchronous_run_bit_for_bit(tmp_path: Pa
     wanted = run(recipe, tmp_path / "synchronous", Synchronous())
     for name, pool in (("calm", None), ("late", LatePool(recipe, 3))):
         assert digest(run(recipe, tmp_path / name, Asynchronous(buffer=3, in_flight=3, **how), pool)) == digest(wanted)
+    ends = [Checkpoints(tmp_path / name / "checkpoints").newest() for name in ("synchronous", "late")]
+    assert digest(ends[0].used) == digest(ends[1].used)
 
 
 def test_stale_contributions_are_weighed_and_compensated_by_the_formula(tmp_path: Path) -> None:

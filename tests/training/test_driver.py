@@ -83,6 +83,8 @@ def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_bits(tmp_path: Path
         with pytest.raises(KeyboardInterrupt):
             run(recipe, directory, iterations=8, interrupted=lambda asked=asked, stop=stop: next(asked) >= stop)
         assert digest(run(recipe, directory, iterations=8)) == digest(whole)
+        ends = [Checkpoints(d / "checkpoints").newest().used for d in (directory, tmp_path / "whole")]
+        assert digest(ends[0]) == digest(ends[1])
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     trained = [line["iteration"] for line in lines if line["kind"] == "train"]
     assert trained == sorted(set(trained)) == list(range(1, 9))
@@ -198,11 +200,19 @@ def test_what_is_evaluated_is_the_running_mean_of_theta(tmp_path: Path) -> None:
     meta = run(recipe, tmp_path)
     state = Checkpoints(tmp_path / "checkpoints").newest()
     assert digest(state.meta) == digest(meta) != digest(state.used)
-    theta = state.used.params["theta"].numpy()
-    tasks = [recipe.tasks.sample("test", seeds.generator(0, "test", i, "task")) for i in range(5)]
-    losses = [(theta - t["b"]) @ t["B"] @ (theta - t["b"]) / 2 for t in tasks]
+
+    def loss(meta: Meta, split: str, count: int) -> float:
+        theta = meta.params["theta"].numpy()
+        tasks = [recipe.tasks.sample(split, seeds.generator(0, split, i, "task")) for i in range(count)]
+        return float(np.mean([(theta - t["b"]) @ t["B"] @ (theta - t["b"]) / 2 for t in tasks]))
+
     table = json.loads((tmp_path / "evaluation.json").read_text())
-    assert table["mean"]["loss"][0] == pytest.approx(np.mean(losses), rel=1e-9)
+    assert table["mean"]["loss"][0] == pytest.approx(loss(state.used, "test", 5), rel=1e-9)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["iteration"]: line["curve"]["loss"][0] for line in lines if line["kind"] == "validation"}
+    best = Checkpoints(tmp_path / "checkpoints").best()
+    assert scores[best.iteration] == pytest.approx(loss(best.used, "validation", 6), rel=1e-9)
+    assert scores[best.iteration] != pytest.approx(loss(best.meta, "validation", 6), rel=1e-3)
 
 
 def test_held_out_tasks_do_not_depend_on_the_runs_seed_nor_on_the_shard(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -42,13 +42,28 @@ def _taken(ours: Params, theirs: Params) -> Params:
 def identity(recipe: Recipe, meta: Meta, meta_batch: int, shard: int) -> dict[str, Any]:
     """What makes a run this run, beside the fleet: if any of it differs, so do the numbers."""
     return {
-        "tasks": repr(recipe.tasks) if is_dataclass(recipe.tasks) else type(recipe.tasks).__name__,
-        "objective": recipe.objective.summary(), "learner": repr(recipe.learner), "outer": repr(recipe.outer),
+        "tasks": told(recipe.tasks) if is_dataclass(recipe.tasks) else type(recipe.tasks).__name__,
+        "objective": recipe.objective.summary(), "learner": told(recipe.learner), "outer": told(recipe.outer),
         "seed": recipe.seed, "dtype": recipe.dtype,
         "meta_batch": meta_batch, "shard": shard, "execution": recipe.execution, "chunk": recipe.chunk,
         "threads": recipe.threads, "compression": recipe.compression,
         "parameters": {k: list(v.shape) for k, v in pack(*meta).items()},
     }  # fmt: skip
+
+
+def told(value: Any) -> str:
+    """`repr`, but that a dataclass names those of its fields that are in its `LATER` only where they are not at their
+    defaults: runs that began before there were such fields go on.
+    """
+    if not is_dataclass(value):
+        return repr(value)
+    later = getattr(value, "LATER", ())
+    shown = [f for f in fields(value) if f.name not in later or getattr(value, f.name) != _default(f)]
+    return f"{type(value).__qualname__}({', '.join(f'{f.name}={told(getattr(value, f.name))}' for f in shown)})"
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def digest(meta: Meta) -> str:

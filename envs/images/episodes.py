@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class Episodes:
     classes a task has.
     """
 
+    LATER: ClassVar = ("min_ways", "min_shots", "augment")
     source: ImageSource
     ways: int = 5
     """Classes per task (N)."""

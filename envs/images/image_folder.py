@@ -6,6 +6,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ class ImageFolder:
     counts.
     """
 
+    LATER: ClassVar = ("background", "splits")
     folder: str = ""
     """The folder, zip or (CIFAR-100's) tar that holds the data set."""
     size: int = 84

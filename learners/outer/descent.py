@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
 from learners.base import AVERAGED, Learner, Meta, Objective, Params, Reduce, Verbs, unpack
 from learners.engine import tree
 from learners.engine.optimisers import SGD, Adam, Optimiser, Schedule, clip_by_norm, clip_by_value, scheduled
-
-LATER = ("nesterov", "weight_decay", "ema", "groups")
-"""Fields of `Descent` that runs which began earlier do not know."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ class Descent:
     (Loshchilov & Hutter 2019), as in torch; what a learner learns beside the model's parameters (rates) does not decay.
     """
 
+    LATER: ClassVar = ("nesterov", "weight_decay", "ema", "groups")
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Outer optimiser."""
     lr: float = 1e-3
@@ -104,11 +102,6 @@ class Descent:
             raise ValueError(f"ema={self.ema}: 0 or more, and less than 1, wanted")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov without momentum: momentum > 0 wanted")
-
-    def __repr__(self) -> str:
-        """What checkpoints know it by: later fields only where they are made use of, so that earlier runs go on."""
-        shown = [f for f in fields(self) if f.name not in LATER or getattr(self, f.name) != f.default]
-        return f"Descent({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def init(self, meta: Meta) -> Params:
         self._check_groups(meta.params)

@@ -189,18 +189,6 @@ def test_groups_under_clipping_and_a_schedule_are_torchs() -> None:
     torch.testing.assert_close(meta.params, {k: p.detach() for k, p in x.items()}, rtol=0, atol=1e-12)
 
 
-def test_a_run_that_began_before_groups_decay_and_mean_has_the_outer_step_it_had() -> None:
-    # As a checkpoint of 26 November 2026, 16:00, has it.
-    assert repr(Descent(lr=0.003, schedule="cosine", horizon=6)) == (
-        "Descent(optimizer='adam', lr=0.003, schedule='cosine', final_lr=0.0, horizon=6, beta1=0.9, beta2=0.999, "
-        "eps=1e-08, momentum=0.0, clip_value=0.0, clip_norm=0.0)"
-    )
-    changed = [Descent(), Descent(weight_decay=0.1), Descent(ema=0.5), Descent("sgd", momentum=0.9),
-               Descent("sgd", momentum=0.9, nesterov=True), Descent(groups=(Group("*", lr=0.1),)),
-               Descent(groups=(Group("*", lr=0.2),))]  # fmt: skip
-    assert len(set(map(repr, changed))) == len(changed)
-
-
 def test_a_running_mean_of_theta_is_what_is_used() -> None:
     outer, meta = Descent("sgd", 1.0, ema=0.5), Meta({"a": torch.zeros((), dtype=torch.float64)}, {"s": torch.ones(1)})
     state, mean = outer.init(meta), 0.0

@@ -21,8 +21,11 @@ from cluster.record.checkpoint import Checkpointing, Checkpoints
 from cluster.results.curves import Curves
 from cluster.training.driver import Driver
 from cluster.training.evaluation import Evaluation
-from cluster.training.identity import digest
+from cluster.training.identity import digest, told
 from cluster.training.synchronous import Synchronous
+from envs.images.augmentation import Augmentation
+from envs.images.episodes import Episodes
+from envs.images.image_folder import ImageFolder
 from learners.base import Meta
 from learners.outer.descent import Descent, Group
 from tests.fakes import Newton, Noisy, ScriptedPool, quadratic_recipe, shuffled, start
@@ -193,6 +196,22 @@ def test_the_final_evaluation_may_be_of_the_best(tmp_path: Path) -> None:
            evaluation=replace(FEW, checkpoint="best")).run()  # fmt: skip
     best = Checkpoints(tmp_path / "checkpoints").best()
     assert json.loads((tmp_path / "evaluation.json").read_text())["iteration"] == best.iteration < 12
+
+
+def test_runs_that_began_before_a_field_was_there_are_the_same_runs() -> None:
+    # As checkpoints of 26 November 2026, 16:00, have it.
+    assert told(Descent(lr=0.003, schedule="cosine", horizon=6)) == (
+        "Descent(optimizer='adam', lr=0.003, schedule='cosine', final_lr=0.0, horizon=6, beta1=0.9, beta2=0.999, "
+        "eps=1e-08, momentum=0.0, clip_value=0.0, clip_norm=0.0)"
+    )
+    assert told(Episodes(ImageFolder("/a", 32), ways=3)) == (
+        "Episodes(source=ImageFolder(folder='/a', size=32), ways=3, shots=1, queries=15, test_queries=15, "
+        "train_shots=0, rotations='none')"
+    )
+    changed = [Descent(), Descent(weight_decay=0.1), Descent(ema=0.5), Descent(groups=(Group("*", lr=0.1),)),
+               Descent(groups=(Group("*", lr=0.2),)), Episodes(ImageFolder()), Episodes(ImageFolder(splits="b")),
+               Episodes(ImageFolder(), augment=Augmentation(crop=1)), Episodes(ImageFolder(), min_ways=2)]  # fmt: skip
+    assert len(set(map(told, changed))) == len(changed)
 
 
 def test_what_is_evaluated_is_the_running_mean_of_theta(tmp_path: Path) -> None:

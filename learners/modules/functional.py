@@ -51,6 +51,7 @@ class Functional:
         self._norms = {name: m for name, m in module.named_modules() if isinstance(m, BatchNorm) and not m.constant}
         self._required = {name for name, p in module.named_parameters() if p.requires_grad}
         self._slots = _slots(module)
+        self._native = [f"{n!r} ({type(m).__name__})" for n, m in module.named_modules() if isinstance(m, nn.RNNBase)]
         self._still: Functional | None = None
         self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
@@ -168,6 +169,11 @@ class Functional:
         if not self._required <= params.keys():
             raise ValueError(
                 f"the model's parameter {min(self._required - params.keys())!r} is missing among {', '.join(params)}"
+            )
+        if self._native and transformed():
+            raise ValueError(
+                f"layer {self._native[0]} is recurrent and computes in its own way, which torch.vmap cannot batch: "
+                "execution = 'loop' wanted"
             )
         self.try_out(x)
         self._fit(params)
@@ -317,6 +323,11 @@ def _check(module: nn.Module) -> None:
             raise ValueError(f"layer {name!r}: a name without '/' wanted, which separates what learners add to θ")
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in layer._parameters.values()):
             raise ValueError(f"layer {name!r} ({type(layer).__name__}) has no shapes yet: run the module once before")
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise ValueError(
+                f"layer {name!r} ({layer.original_name}) is a torch.jit.ScriptModule, whose parameters nothing can "
+                "stand in for: the module that it was made of wanted"
+            )
         if isinstance(layer, _REFUSED):
             raise ValueError(
                 f"layer {name!r} ({type(layer).__name__}) draws random numbers; remove it, or draw its samples in the "

@@ -341,3 +341,72 @@ def test_what_is_frozen_is_told(caplog: pytest.LogCaptureFixture) -> None:
     net[0].requires_grad_(False)
     functional(net)
     assert "2 parameters do not require gradients: constants of 128 bytes" in caplog.text
+
+
+class Sharp(nn.BatchNorm1d):
+    """BatchNorm and what comes behind it in one layer, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(3 * super().forward(x))
+
+
+class Bare(nn.BatchNorm1d):
+    """With a forward that asks torch's function itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(2 * F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps))
+
+
+class Doubled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+def reparametrised() -> nn.Module:
+    norm = nn.BatchNorm1d(8)
+    nn.utils.parametrize.register_parametrization(norm, "weight", Doubled())
+    return norm
+
+
+class Last(nn.LSTM):
+    """An LSTM that reads its input twice as large, and gives its last output."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(2 * x)[0][:, -1]
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", [lambda: Sharp(8), lambda: Bare(8), reparametrised, lambda: nn.SyncBatchNorm(8)])
+def test_a_batchnorm_with_something_of_its_own_computes_that(layer, training: bool, mode: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), layer(), nn.Linear(8, 1)).double().train(training)
+    model, data = functional(net), tasks((3,), (1,))
+    torch.testing.assert_close(ours(model, data, mode), by_hand(net, data), rtol=1e-9, atol=1e-12)
+
+
+def test_a_recurrent_layer_with_a_forward_of_its_own_is_for_a_loop() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Unflatten(1, (3, 1)), Last(1, 6, batch_first=True), nn.Linear(6, 1)).double()
+    model, data = functional(net), tasks((3,), (1,))
+    torch.testing.assert_close(ours(model, data, "loop"), by_hand(net, data), rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=r"layer '1' \(Last\) is recurrent and computes in its own way.*'loop' wanted"):
+        ours(model, data, "vmap")
+
+
+def test_what_nothing_can_stand_in_for_is_refused() -> None:
+    scripted = torch.jit.script(nn.Linear(3, 8))
+    with pytest.raises(ValueError, match=r"layer '0' \(Linear\) is a torch.jit.ScriptModule"):
+        functional(nn.Sequential(scripted, nn.Linear(8, 1)))
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+def test_a_sparse_embedding_is_the_same_function(mode: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(12, 1)).double()
+    dense = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 1)).double()
+    dense.load_state_dict(net.state_dict())
+    data = tasks((3,), (1,))
+    for part in ("support", "query"):
+        data[f"{part}_x"] = torch.randint(0, 7, (2, 5, 3))
+    torch.testing.assert_close(ours(functional(net), data, mode), by_hand(dense, data), rtol=1e-9, atol=1e-12)

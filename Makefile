@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest -n 3
 BENCH_STAMP := $(VENV)/installed-bench
 
-.PHONY: train test check slow chaos convolutions fuzz bench lock clean help
+.PHONY: train test check slow chaos convolutions fuzz zoo bench gpu lock clean help
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,12 @@ convolutions: $(STAMP)  ## every mix of convolution on every instruction set of 
 
 fuzz: $(STAMP)  ## a million mutated inputs to every reader (minutes)
 	$(BIN)/python -m tests.fuzz
+
+zoo: $(STAMP)  ## MAML's gradient through some 140 modules as people write them, as a table (ARGS="--modes loop vmap": a minute)
+	$(BIN)/python -m tests.zoo $(ARGS)
+
+gpu: $(BENCH_STAMP)  ## on a machine with CUDA: the whole suite and every benchmark, into RESULTS.md (an hour)
+	$(BIN)/python -m tests.gpu $(ARGS)
 
 bench: $(BENCH_STAMP)  ## every benchmark: ratios, side by side (about half an hour)
 	for b in tests/bench/bench_*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cluster.fleet.machine import set_up_torch
 from cluster.setup import assemble, config
 from envs.base import ADVERSARY, HOST, TEACHERS
 from learners.base import Data, Params, Share, Verb, pack
@@ -117,3 +118,21 @@ def test_this_device_refuses_to_be_looked_at_and_to_be_mixed() -> None:
     for mix in (torch.add, torch.matmul, lambda a, b: torch.cat([a, b]), lambda a, b: torch.stack([a, b])):
         with pytest.raises(RuntimeError), OneDevice():
             mix(x, torch.ones(3, 3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_gpu_gives_the_cpus_numbers_and_the_same_bits_twice(world: World, name: str) -> None:
+    set_up_torch(1, "cuda")
+    learner = LEARNERS[name]
+    recipe = world.recipe(learner)
+    here, there = recipe.verbs(world.objective), recipe.verbs(world.objective.to("cuda"))
+    at = pack(*world.meta(learner))
+    for verb in ("gradient", "evaluate"):
+        task = recipe.tensors(recipe.task("train", 0, here[verb]))
+        wanted = here[verb].run(at, {}, task)
+        found = [there[verb].run(elsewhere(at, "cuda"), {}, elsewhere(task, "cuda")) for _ in range(2)]
+        for part in ("total", "row"):
+            first, second = ({k: v.cpu() for k, v in getattr(share, part).items()} for share in found)
+            assert all(torch.equal(v, second[k]) for k, v in first.items())
+            torch.testing.assert_close(first, dict(getattr(wanted, part)), rtol=1e-8, atol=1e-10)

@@ -26,6 +26,7 @@ from learners.objectives.control import Control
 from learners.objectives.robustness import Robustness
 from learners.outer.promp import ProMP
 from learners.outer.trust_region import TrustRegion
+from tests import gpu
 from tests.learners.test_conformance import LEARNERS, World, world
 from tests.setup.test_data_free import data_free, pool_folder
 
@@ -136,3 +137,16 @@ def test_a_gpu_gives_the_cpus_numbers_and_the_same_bits_twice(world: World, name
             first, second = ({k: v.cpu() for k, v in getattr(share, part).items()} for share in found)
             assert all(torch.equal(v, second[k]) for k, v in first.items())
             torch.testing.assert_close(first, dict(getattr(wanted, part)), rtol=1e-8, atol=1e-10)
+
+
+def test_the_report_of_a_gpu_takes_the_place_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "RESULTS.md")
+    (tmp_path / "RESULTS.md").write_text("# Results\n\n## Before\n\na\n")
+    gpu.written(f"{gpu.HEADING}\n\none\n")
+    with (tmp_path / "RESULTS.md").open("a") as f:
+        f.write("\n## Behind\n\nb\n")
+    gpu.written(f"{gpu.HEADING}\n\ntwo\n\n")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text == f"# Results\n\n## Before\n\na\n\n{gpu.HEADING}\n\ntwo\n\n## Behind\n\nb\n"

@@ -139,9 +139,7 @@ def test_a_gpu_gives_the_cpus_numbers_and_the_same_bits_twice(world: World, name
             torch.testing.assert_close(first, dict(getattr(wanted, part)), rtol=1e-8, atol=1e-10)
 
 
-def test_the_report_of_a_gpu_takes_the_place_of_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_of_a_gpu_takes_the_place_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "RESULTS.md")
     (tmp_path / "RESULTS.md").write_text("# Results\n\n## Before\n\na\n")
     gpu.written(f"{gpu.HEADING}\n\none\n")

@@ -18,7 +18,8 @@ from learners.algorithms.maml import MAML
 from learners.base import Learner, Outer
 from learners.models.networks import MLP, ModelSpec
 from learners.modules.functional import Functional, functional
-from learners.objectives.losses import CrossEntropy, Measure
+from learners.objectives.losses import CrossEntropy
+from learners.objectives.measures import Measure
 from learners.objectives.policy_gradient import InnerLoss
 from learners.objectives.supervised import NormMode
 from learners.outer.descent import Descent

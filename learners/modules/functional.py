@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -18,6 +15,7 @@ from learners.engine.memory import channels_last
 from learners.engine.tree import leaves, mapped
 from learners.modules.draws import Drawing, Draws, Still
 from learners.modules.normalisation import BATCH, BatchNorm, Normalising, Statistics, normalising
+from learners.modules.places import cast_constants, copied, is_channels_last, known_by, slots_of, swapped, twin
 from learners.modules.precision import Precision, cast, computing
 from learners.modules.specialise import specialise
 from learners.modules.trial import Findings, apart, called, differentiable_attention, tried
@@ -50,7 +48,7 @@ class Functional:
         self.precision, self._summary = precision, summary
         self._norms = {name: m for name, m in module.named_modules() if isinstance(m, BatchNorm) and not m.constant}
         self._required = {name for name, p in module.named_parameters() if p.requires_grad}
-        self._slots = _slots(module)
+        self._slots = slots_of(module)
         self._native = [f"{n!r} ({type(m).__name__})" for n, m in module.named_modules() if isinstance(m, nn.RNNBase)]
         self._still: Functional | None = None
         self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
@@ -76,7 +74,7 @@ class Functional:
         say.
         """
         if self._summary is None:
-            self._summary = _summary(self.constants())
+            self._summary = known_by(self.constants())
         return ", ".join(s for s in (self._summary, self.precision if self.precision != "full" else "") if s)
 
     @property
@@ -91,11 +89,13 @@ class Functional:
 
     def to(self, device: str) -> Functional:
         """The same function on another device."""
-        module = _twin(self.module)
+        module = twin(self.module)
         if any(v.device != torch.device(device) for v in [*module.parameters(), *module.buffers()]):
             module = copied(self.module).to(device)
-        return Functional(module, last=self.channels_last, quiet=self._quiet, precision=self.precision,
-                          findings=self._findings, summary=self._summary)  # fmt: skip
+        there = Functional(module, last=self.channels_last, quiet=self._quiet, precision=self.precision,
+                           findings=self._findings, summary=self._summary)  # fmt: skip
+        there._dtype = self._dtype  # that of the constants by now
+        return there
 
     def __call__(self, params: Params, x: Inputs, statistics: Statistics = BATCH, *, draws: Draws | None = None,
                  real: Tensor | None = None) -> Any:  # fmt: skip
@@ -189,7 +189,7 @@ class Functional:
                 stack.enter_context(differentiable_attention())
             if self._findings.draws:
                 stack.enter_context(Drawing(draws) if draws is not None else Still())
-            stack.enter_context(flavour._swapped(theta))
+            stack.enter_context(swapped(flavour._slots, theta, flavour.channels_last))
             y = called(flavour.module, x)
         return y if self.precision == "full" else mapped(lambda v: cast(v, self._theta_dtype(params)), y)
 
@@ -208,42 +208,16 @@ class Functional:
         if draws is not None or not self.draws:
             return self
         if self._still is None:
-            self._still = Functional(_twin(self.module).eval(), last=self.channels_last, quiet=True)
+            self._still = Functional(twin(self.module).eval(), last=self.channels_last, quiet=True)
         return self._still
-
-    @contextmanager
-    def _swapped(self, params: Params) -> Iterator[None]:
-        """Inside, every place of the module that holds a parameter or buffer named in `params` holds that tensor."""
-        before = [(place, key, place[key]) for place, key, name in self._slots if name in params]
-        try:
-            for place, key, name in self._slots:
-                if name in params:
-                    value = params[name]
-                    last = self.channels_last and not transformed()
-                    place[key] = value if last or value.ndim != 4 else _row_major(value)
-            yield
-        finally:
-            for place, key, value in before:
-                place[key] = value
 
     def _fit(self, params: Params) -> None:
         """Constants take the dtype that the module computes in."""
         dtype = torch.bfloat16 if self.precision == "bfloat16" else self._theta_dtype(params)
         if dtype is not None and dtype != self._dtype:
             self.summary()  # of the constants as they were given
-            apart(lambda: self._cast(dtype))
+            apart(lambda: cast_constants(self.module, self._slots, self._required, dtype))
             self._dtype, self._still = dtype, None
-
-    def _cast(self, dtype: torch.dtype) -> None:
-        norms = {id(m._buffers) for m in self.module.modules() if isinstance(m, BatchNorm)}  # which cast by themselves
-        norms |= {id(m._parameters) for m in self.module.modules() if isinstance(m, BatchNorm)}
-        done: Params = {}
-        for place, key, name in self._slots:
-            value = place[key]
-            if name in self._required or id(place) in norms or not value.is_floating_point():
-                continue
-            new = done.setdefault(name, value.detach().to(dtype))
-            place[key] = nn.Parameter(new, requires_grad=False) if isinstance(value, nn.Parameter) else new
 
 
 def functional(
@@ -274,7 +248,7 @@ def functional(
         raise ValueError(f"precision={precision!r} is not one of {', '.join(get_args(Precision))}")
     module = copied(module)
     _check(module)
-    last = any(_is_channels_last(p) for p in module.parameters())
+    last = any(is_channels_last(p) for p in module.parameters())
     module, replaced = specialise(module, last)
     if replaced:
         log.warning(
@@ -287,34 +261,6 @@ def functional(
     if example is not None:
         model.try_out(example)
     return model
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """A deep copy; what hooks compute anew at each call (older reparametrisations' weights) is copied as a constant."""
-    computed = [
-        v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None
-    ]
-    return copy.deepcopy(module, {id(v): v.detach().clone() for v in computed})
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy with modes of its own, whose parameters, buffers and BatchNorm layers are the very same."""
-    shared = [*module.parameters(), *module.buffers(), *(m for m in module.modules() if isinstance(m, BatchNorm))]
-    return copy.deepcopy(module, {id(v): v for v in shared})
-
-
-def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """(place, key, name) of everything registered: a tensor that stands in several places has one name."""
-    names: dict[int, str] = {}
-    for name, value in [*module.named_parameters(), *module.named_buffers()]:
-        names.setdefault(id(value), name)
-    return [
-        (place, key, names[id(value)])
-        for m in module.modules()
-        for place in (m._parameters, m._buffers)
-        for key, value in place.items()
-        if value is not None
-    ]
 
 
 def _check(module: nn.Module) -> None:
@@ -356,22 +302,3 @@ def _tell(module: nn.Module) -> None:
             "functional: %d parameters do not require gradients: constants of %d bytes",
             len(frozen), sum(v.nbytes for v in frozen),
         )  # fmt: skip
-
-
-def _summary(constants: Params) -> str:
-    """Number, bytes and hash; "" where there are none."""
-    seen = hashlib.blake2b(digest_size=8)
-    for name, value in constants.items():
-        seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        seen.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    size = sum(v.nbytes for v in constants.values())
-    return f"{len(constants)} constants of {size} bytes ({seen.hexdigest()})" if constants else ""
-
-
-def _row_major(value: Tensor) -> Tensor:
-    """In torch's own layout; by its strides too where axes of size 1 leave them open, which kernels look at."""
-    return value.contiguous().flatten().view(value.shape)
-
-
-def _is_channels_last(p: Tensor) -> bool:
-    return p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()

@@ -7,18 +7,26 @@ and what the task holds. Those of one's own stand beside these: `Supervised(mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Measure: TypeAlias = Callable[..., Tensor]
-"""(output, target) or (output, target, mask) → scalar."""
-IGNORED = -100
-"""The label of positions that count neither in the cross-entropy nor in accuracy, as in torch."""
+from learners.objectives.measures import (
+    IGNORED,
+    Measure,
+    accuracy,
+    binary_accuracy,
+    f1,
+    known,
+    labels,
+    mean,
+    one_tensor,
+    same_shape,
+)  # fmt: skip
 
 
 @runtime_checkable
@@ -140,7 +148,7 @@ class CrossEntropy:
         counted = (target != IGNORED).to(each.dtype)
         if weight is not None:
             counted = counted * weight[target.clamp(min=0)]
-        return torch.div(_known(each, mask).sum(), _known(counted, mask).sum())
+        return torch.div(known(each, mask).sum(), known(counted, mask).sum())
 
     def summed(self, output: Any, target: Any, shots: float | Tensor, mask: Tensor | None = None) -> Tensor:
         """Σ over examples (each the mean over its positions) divided by shots: cbfinn's scale (`Supervised.scale`)."""
@@ -149,7 +157,7 @@ class CrossEntropy:
         weight, positions = self._weight(output), output[0, 0].numel()
         how: Literal["sum", "none"] = "sum" if mask is None else "none"
         total = F.cross_entropy(output, target, weight, reduction=how, label_smoothing=self.label_smoothing)
-        return torch.div(total if mask is None else _known(total, mask).sum(), shots * positions)
+        return torch.div(total if mask is None else known(total, mask).sum(), shots * positions)
 
     def measures(self) -> Mapping[str, Measure]:
         return {"accuracy": accuracy, "loss": CrossEntropy()}
@@ -171,7 +179,7 @@ class BinaryCrossEntropy:
     name: ClassVar[str] = "binary_cross_entropy"
 
     def __call__(self, output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
-        output = _same_shape(output, target, self.name)
+        output = same_shape(output, target, self.name)
         return mean(F.binary_cross_entropy_with_logits(output, target.to(output.dtype), reduction="none"), mask)
 
     def measures(self) -> Mapping[str, Measure]:
@@ -182,85 +190,3 @@ LOSSES: dict[str, type] = {
     loss.name: loss for loss in (MeanSquared, L1, Huber, CrossEntropy, BinaryCrossEntropy, GaussianNLL)
 }
 """By name."""
-
-
-def accuracy(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
-    """Share of examples (and positions, but those labelled −100) whose largest output is the label's (or of the
-    largest probability); outputs [n, C, …].
-    """
-    output = one_tensor(output, "accuracy")
-    target = labels(output, target)
-    truth = target.argmax(1) if target.is_floating_point() else target
-    right = (output.argmax(1) == truth).to(output.dtype)
-    counted = (truth != IGNORED).to(output.dtype)
-    if mask is not None:
-        counted = _known(counted, mask)
-    return torch.div((right * counted).sum(), counted.sum())
-
-
-def binary_accuracy(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
-    """Share of labels whose output has the right sign."""
-    output = _same_shape(output, target, "accuracy")
-    return mean(((output > 0) == (target > 0.5)).to(output.dtype), mask)
-
-
-def f1(output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
-    """2 TP / (2 TP + FP + FN) over all labels of the task; 0 where none is there and none is predicted."""
-    output = _same_shape(output, target, "f1")
-    said, true = (output > 0).to(output.dtype), (target > 0.5).to(output.dtype)
-    if mask is not None:
-        said, true = _known(said, mask), _known(true, mask)
-    return torch.div(2 * (said * true).sum(), (said.sum() + true.sum()).clamp(min=1))
-
-
-def mean(each: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of values [n, …] over the examples that are there."""
-    if mask is None:
-        return each.mean()
-    return torch.div(_known(each, mask).sum(), mask.to(each.dtype).sum() * (each.numel() // each.shape[0]))
-
-
-def one_tensor(output: Any, what: str) -> Tensor:
-    """The tensor of outputs: itself, or the `logits` of Hugging Face's outputs."""
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"{what} wants one tensor of outputs, the model gives a {type(output).__name__}: loss=callable (and "
-            "measures) of your own wanted, which take it apart"
-        )
-    return output
-
-
-def labels(output: Tensor, target: Tensor) -> Tensor:
-    """Labels as torch wants them. Raises ValueError for targets that do not fit outputs [n, C, …]."""
-    wanted = output.shape[:1] + output.shape[2:]
-    if target.is_floating_point():
-        if target.shape != output.shape:
-            raise ValueError(
-                f"targets are numbers of shape {tuple(target.shape)}: cross_entropy wants integer labels "
-                f"{tuple(wanted)} for outputs {tuple(output.shape)}, or probabilities of the outputs' shape"
-            )
-        return target.to(output.dtype)
-    if output.ndim < 2 or target.shape != wanted:
-        raise ValueError(
-            f"labels of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}: outputs "
-            f"[n, classes, …] and labels [n, …] wanted"
-        )
-    return target.long()
-
-
-def _same_shape(output: Any, target: Tensor, what: str) -> Tensor:
-    one = one_tensor(output, what)
-    if one.shape != target.shape:
-        raise ValueError(
-            f"targets of shape {tuple(target.shape)} do not fit outputs of shape {tuple(one.shape)}: {what} wants "
-            "one target for each output"
-        )
-    return one
-
-
-def _known(values: Tensor, mask: Tensor) -> Tensor:
-    """Values [n, …], 0 for padding, whatever stood there."""
-    return torch.where(mask.bool().view(-1, *(1 for _ in values.shape[1:])), values, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -17,7 +16,18 @@ from learners.engine import tree
 from learners.modules.draws import QUERY, Draws
 from learners.modules.functional import Functional, Inputs
 from learners.modules.normalisation import BATCH, Statistics
-from learners.objectives.losses import LOSSES, CrossEntropy, Loss, Measure, one_tensor
+from learners.objectives.arrays import (
+    and_more,
+    check_probabilities,
+    given,
+    holds,
+    joined,
+    of_classes,
+    rows_of,
+    shots,
+)  # fmt: skip
+from learners.objectives.losses import LOSSES, CrossEntropy, Loss
+from learners.objectives.measures import Measure, called, scalar
 
 NormMode = Literal["transductive", "support_plus_one", "support_statistics", "frozen"]
 
@@ -101,7 +111,7 @@ class Supervised:
         """
         if self.classifies:
             for name in ("support_y", "query_y"):
-                _check_probabilities(name, data.get(name))
+                check_probabilities(name, data.get(name))
         return data | {KEY: np.asarray(rng.integers(2**62))} if self.model.draws else data
 
     def support(self, params: Params, data: Data, step: int) -> Tensor:
@@ -114,7 +124,7 @@ class Supervised:
         return self._loss(output, y, data, mask)
 
     def query(self, params: Params, data: Data) -> Tensor:
-        if not _holds(data, "query_x") or not _holds(data, "query_y"):
+        if not holds(data, "query_x") or not holds(data, "query_y"):
             raise ValueError(f"a task with query_x and query_y is wanted here, this one has {', '.join(data)}")
         output = self._predicted(params, data, given(data, "query_x"), self._draws(data, QUERY), data.get("query_mask"))
         return self.query_loss(output, data)
@@ -171,10 +181,10 @@ class Supervised:
         extra = (
             ""
             if self.measures is None
-            else f", measures {', '.join(f'{k} {_called(v)}' for k, v in self.measures.items())}"
+            else f", measures {', '.join(f'{k} {called(v)}' for k, v in self.measures.items())}"
         )
         constants = self.model.summary()
-        return f"{_called(self.loss)} ({self.scale}){extra}{norm}" + (f", {constants}" if constants else "")
+        return f"{called(self.loss)} ({self.scale}){extra}{norm}" + (f", {constants}" if constants else "")
 
     def _draws(self, data: Data, step: int) -> Draws | None:
         return Draws(data[KEY], step) if KEY in data else None
@@ -187,20 +197,21 @@ class Supervised:
         context, known = given(data, "support_x"), data.get("support_mask")
         size, count = len(tree.leaves(context)[0]), len(tree.leaves(x)[0])
         if self.norm == "support_statistics":
-            both, rows = _joined(context, x), Statistics("first", reference=size)
-            y = self.model(params, both, rows, draws=draws, real=_and_more(known, count))
+            both, rows = joined(context, x), Statistics("first", reference=size)
+            y = self.model(params, both, rows, draws=draws, real=and_more(known, count))
             return tree.mapped(lambda v: v[size:], y)
         at_once = max(1, ROWS_AT_ONCE // (size + 1))
         parts = [
-            self._one_by_one(params, context, _rows(x, i, i + at_once), draws, known) for i in range(0, count, at_once)
+            self._one_by_one(params, context, rows_of(x, i, i + at_once), draws, known)
+            for i in range(0, count, at_once)
         ]
         return tree.joined(parts)
 
     def _one_by_one(self, params: Params, context: Inputs, x: Inputs, draws: Draws | None, known: Tensor | None) -> Any:
         n, size = len(tree.leaves(x)[0]), len(tree.leaves(context)[0]) + 1
-        known = _and_more(known, 1)
+        known = and_more(known, 1)
         real = None if known is None else known.expand(n, size).flatten()
-        groups = _joined(
+        groups = joined(
             tree.mapped(lambda v: v.expand(n, *v.shape), context), tree.mapped(lambda v: v.unsqueeze(1), x), 1
         )  # [n, |S|+1, …]
         flat = tree.mapped(lambda v: v.flatten(0, 1), groups)
@@ -209,109 +220,17 @@ class Supervised:
 
     def _loss(self, output: Any, target: Any, data: Data, mask: Tensor | None) -> Tensor:
         criterion = self.criterion
-        output = _of_classes(output, data, criterion)
+        output = of_classes(output, data, criterion)
         if self.scale == "sum_over_shots" and isinstance(criterion, CrossEntropy):
-            return criterion.summed(output, target, _shots(output, data), mask)
-        return _scalar(criterion, output, target, mask, "loss")
+            return criterion.summed(output, target, shots(output, data), mask)
+        return scalar(criterion, output, target, mask, "loss")
 
     def _scores(self, params: Params, data: Data) -> Metrics:
         x, target, mask = given(data, "query_x"), given(data, "query_y"), data.get("query_mask")
         criterion = self.criterion
-        output = _of_classes(self._predicted(params, data, x, None, mask), data, criterion)
+        output = of_classes(self._predicted(params, data, x, None, mask), data, criterion)
         mode = f"_{self.norm}" if self.model.normalises else ""
         measures: Mapping[str, Measure] = criterion.measures() if isinstance(criterion, Loss) else {"loss": criterion}
         if self.measures is not None:
             measures = {**self.measures, "loss": criterion}
-        return {f"{name}{mode}": _scalar(m, output, target, mask, name) for name, m in measures.items()}
-
-
-def given(data: Data, name: str) -> Any:
-    """An array of a task, or a dictionary of those under `name/`. Raises ValueError where there is neither."""
-    if name in data:
-        return data[name]
-    parts = tree.under(name, data)
-    if not parts:
-        raise ValueError(f"a task with {name} is wanted here, this one has {', '.join(data)}")
-    return parts
-
-
-def _shots(output: Any, data: Data) -> float | Tensor:
-    """Examples per way of a support set, those that are there: the mean over the ways."""
-    known, there = data.get("support_mask"), data.get("class_mask")
-    size = len(tree.leaves(given(data, "support_x"))[0]) if known is None else known.sum()
-    return size / (one_tensor(output, "scale='sum_over_shots'").shape[1] if there is None else there.sum())
-
-
-def _holds(data: Data, name: str) -> bool:
-    return name in data or bool(tree.under(name, data))
-
-
-def _and_more(mask: Tensor | None, count: int) -> Tensor | None:
-    """A support set's mask with `count` examples more, which are there."""
-    return None if mask is None else torch.cat([mask, mask.new_ones(count)])
-
-
-def _rows(x: Inputs, start: int, stop: int) -> Inputs:
-    part: Inputs = tree.mapped(lambda v: v[start:stop], x)
-    return part
-
-
-def _joined(a: Inputs, b: Inputs, axis: int = 0) -> Inputs:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return {k: torch.cat([v, b[k]], axis) for k, v in a.items()}
-    assert isinstance(a, Tensor)
-    assert isinstance(b, Tensor)
-    return torch.cat([a, b], axis)
-
-
-def _of_classes(output: Any, data: Data, criterion: Measure) -> Any:
-    """Outputs with those of classes that the task has not at −∞."""
-    if "class_mask" not in data:
-        return output
-    absent = ~data["class_mask"].bool()
-    if getattr(criterion, "label_smoothing", 0):
-        raise ValueError("label_smoothing is over all classes, and a task's class_mask leaves some out: 0 wanted")
-    if not isinstance(output, Tensor) or output.shape[1] != len(absent):
-        seen = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"a class_mask of {len(absent)} classes does not fit outputs {seen}: [n, classes, …] wanted")
-    return output.masked_fill(absent.view(1, -1, *(1 for _ in output.shape[2:])), -torch.inf)
-
-
-def _scalar(measure: Measure, output: Any, target: Any, mask: Tensor | None, name: str) -> Tensor:
-    """What a callable makes of outputs and targets. Raises ValueError where that is no scalar tensor."""
-    if mask is not None and not _takes_mask(measure):
-        raise ValueError(
-            f"{name}={_called(measure)} takes (output, target), but tasks are padded: (output, target, mask) wanted, "
-            "with mask [n] 0 for padding"
-        )
-    value = measure(output, target) if mask is None else measure(output, target, mask)
-    if not isinstance(value, Tensor) or value.ndim:
-        seen = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(f"{name}={_called(measure)} gives {seen}: a scalar tensor wanted, the mean over examples")
-    return value
-
-
-def _takes_mask(measure: Measure) -> bool:
-    try:
-        parameters = inspect.signature(measure).parameters.values()
-    except ValueError:  # built in, without a signature
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    third = positional[2].name if len(positional) > 2 else ""
-    return third == "mask" or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-
-
-def _called(measure: str | Measure) -> str:
-    """How a loss or measure is named."""
-    return measure if isinstance(measure, str) else getattr(measure, "__qualname__", None) or repr(measure)
-
-
-def _check_probabilities(name: str, targets: Any) -> None:
-    if targets is None or targets.dtype.kind != "f" or targets.ndim < 2:
-        return
-    sums = targets.sum(1)
-    if not np.allclose(sums, 1, atol=1e-3):
-        raise ValueError(
-            f"{name} holds rows that add up to {float(sums.flat[np.abs(sums - 1).argmax()]):g}: cross_entropy wants "
-            "labels, or probabilities that add up to 1; binary_cross_entropy is for several labels at a time"
-        )
+        return {f"{name}{mode}": scalar(m, output, target, mask, name) for name, m in measures.items()}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from learners.algorithms.maml import MAML
 from learners.base import Data
 from learners.modules.functional import functional
-from learners.objectives.losses import LOSSES, CrossEntropy, accuracy
+from learners.objectives.losses import LOSSES, CrossEntropy
+from learners.objectives.measures import accuracy
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 

@@ -148,3 +148,21 @@ def test_the_report_of_a_gpu_takes_the_place_of_the_one_before(tmp_path: Path, m
     gpu.written(f"{gpu.HEADING}\n\ntwo\n\n")
     text = (tmp_path / "RESULTS.md").read_text()
     assert text == f"# Results\n\n## Before\n\na\n\n{gpu.HEADING}\n\ntwo\n\n## Behind\n\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "enabled", "warns"), [("on", True, False), ("warn", True, True), ("off", False, False)]
+)
+def test_operations_without_a_deterministic_kernel_are_refused_said_or_taken(
+    how: Any, enabled: bool, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.backends.cudnn.benchmark
+    try:
+        set_up_torch(1, "cuda", how)
+        assert torch.are_deterministic_algorithms_enabled() == enabled
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warns
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = before

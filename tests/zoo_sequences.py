@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,8 @@ def _vision() -> object:
 
 
 def _bert() -> nn.Module:
-    _vision()  # transformers imports it
+    with suppress(ModuleNotFoundError):
+        _vision()  # transformers imports it where it is there
     from transformers import BertConfig, BertForSequenceClassification
 
     return BertForSequenceClassification(BertConfig(

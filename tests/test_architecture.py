@@ -64,7 +64,8 @@ FLOORS: dict[str, dict[str, tuple[str, ...]]] = {
         "purer": ("base", "engine", "inner", "modules", "models", "objectives", "algorithms", "outer"),
     },
     "envs": {
-        "base": (), "store": (), "sinusoid": ("base",), "images": ("base", "store"), "control": ("base",),
+        "base": (), "store": (), "sinusoid": ("base",), "sources": ("base", "store"),
+        "images": ("base", "store", "sources"), "control": ("base",),
         "registration": ("base", "control"),
     },
 }  # fmt: skip
@@ -158,7 +159,7 @@ def test_training_and_fleet_name_no_learner_task_or_policy_of_the_catalog() -> N
     ("module", "absent"),
     [
         ("envs.sinusoid", ("torch", "ray", "matplotlib")),
-        ("envs.images.omniglot", ("torch", "ray")),
+        ("envs.sources.omniglot", ("torch", "ray")),
         ("learners.algorithms.maml", ("ray", "tensorboard")),
         ("cluster.training.driver", ("ray", "tensorboard")),
         ("cluster.cli", ("torch", "ray")),

@@ -10,14 +10,14 @@ from envs.control.locomotion import Locomotion
 from envs.control.navigation import Navigation
 from envs.images.data_free import DataFree
 from envs.images.episodes import Episodes, ImageSource
-from envs.images.glyphs import Glyphs
-from envs.images.hugging_face import HuggingFace
-from envs.images.image_folder import ImageFolder
-from envs.images.labelled import Stored
-from envs.images.npz import Npz
-from envs.images.omniglot import Omniglot
 from envs.images.pretraining import Pretraining
 from envs.sinusoid import Sinusoid
+from envs.sources.glyphs import Glyphs
+from envs.sources.hugging_face import HuggingFace
+from envs.sources.image_folder import ImageFolder
+from envs.sources.labelled import Stored
+from envs.sources.npz import Npz
+from envs.sources.omniglot import Omniglot
 from learners.algorithms.adml import ADML
 from learners.algorithms.adversarial_querying import AdversarialQuerying
 from learners.algorithms.baseline_plus_plus import BaselinePlusPlus

@@ -12,7 +12,7 @@ from cluster.setup import config
 from cluster.setup.tables import to_table
 from envs.images.augmentation import Augmentation, cropped, recoloured
 from envs.images.episodes import Episodes
-from envs.images.glyphs import Glyphs
+from envs.sources.glyphs import Glyphs
 
 RNG = np.random.default_rng
 

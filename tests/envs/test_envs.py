@@ -17,11 +17,11 @@ from PIL import Image
 from cluster.fleet import seeds
 from envs import store
 from envs.base import HasFiles, TaskFamily
-from envs.images import omniglot
 from envs.images.episodes import Episodes
-from envs.images.glyphs import Glyphs
-from envs.images.omniglot import Omniglot
 from envs.sinusoid import Sinusoid
+from envs.sources import omniglot
+from envs.sources.glyphs import Glyphs
+from envs.sources.omniglot import Omniglot
 
 SMALL_GLYPHS = Glyphs(characters=40, drawings=12)
 FAMILIES = {

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.fleet import seeds
-from envs.images import decoding
 from envs.images.episodes import Episodes
-from envs.images.image_folder import ImageFolder
+from envs.sources import decoding
+from envs.sources.image_folder import ImageFolder
 from envs.store import ImageSet
 
 SIZE = 8

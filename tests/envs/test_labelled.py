@@ -15,9 +15,9 @@ from PIL import Image
 from cluster.setup import assemble, config
 from envs.images.augmentation import Augmentation
 from envs.images.episodes import Episodes, ImageSource
-from envs.images.hugging_face import HuggingFace
-from envs.images.labelled import Stored, from_arrays, from_datasets
-from envs.images.npz import Npz
+from envs.sources.hugging_face import HuggingFace
+from envs.sources.labelled import Stored, from_arrays, from_datasets
+from envs.sources.npz import Npz
 
 RNG = np.random.default_rng
 pytestmark = pytest.mark.usefixtures("data_folder")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from envs.images import layouts
 from envs.images.episodes import Episodes
-from envs.images.image_folder import ImageFolder
+from envs.sources import layouts
+from envs.sources.image_folder import ImageFolder
 from envs.store import ImageSet
 
 COARSE = ("fish", "trees", "people", "insects")

@@ -52,7 +52,7 @@ def test_several_rounds_with_operands_give_the_same_bits_on_ray(tmp_path: Path) 
 def test_a_node_without_the_data_gets_it_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from envs import store
     from envs.images.episodes import Episodes
-    from envs.images.glyphs import Glyphs
+    from envs.sources.glyphs import Glyphs
 
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     monkeypatch.setenv("METAFLEET_DATA", str(mine))

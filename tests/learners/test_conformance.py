@@ -29,8 +29,8 @@ from cluster.training.driver import Driver
 from cluster.training.evaluation import Evaluation
 from envs.base import Arrays, TaskFamily
 from envs.images.episodes import Episodes
-from envs.images.glyphs import Glyphs
 from envs.sinusoid import Sinusoid
+from envs.sources.glyphs import Glyphs
 from learners.algorithms.adml import ADML
 from learners.algorithms.adversarial_querying import AdversarialQuerying
 from learners.algorithms.baseline_plus_plus import BaselinePlusPlus

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.setup import config, equal_budget
-from envs.images.glyphs import Glyphs
 from envs.images.pretraining import Pretraining
+from envs.sources.glyphs import Glyphs
 from learners.algorithms.baseline_plus_plus import BaselinePlusPlus
 from learners.algorithms.cavia import CAVIA
 from learners.algorithms.linear_probe import LinearProbe

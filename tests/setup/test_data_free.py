@@ -29,7 +29,7 @@ from cluster.training.identity import digest
 from envs import store
 from envs.base import TEACHER, HasFiles
 from envs.images.data_free import DataFree
-from envs.images.glyphs import Glyphs
+from envs.sources.glyphs import Glyphs
 from learners.algorithms.maml import MAML
 from learners.base import Meta, Sum, pack
 from learners.models.networks import Conv4

@@ -25,7 +25,7 @@ from cluster.training.identity import digest, told
 from cluster.training.synchronous import Synchronous
 from envs.images.augmentation import Augmentation
 from envs.images.episodes import Episodes
-from envs.images.image_folder import ImageFolder
+from envs.sources.image_folder import ImageFolder
 from learners.base import Meta
 from learners.outer.descent import Descent, Group
 from tests.fakes import Newton, Noisy, ScriptedPool, quadratic_recipe, shuffled, start

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from envs.base import SPLITS, Array
-from envs.images.labelled import ALIASES, Decoded, collected, seen
+from envs.sources.labelled import ALIASES, Decoded, collected, seen
 from envs.store import Index
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from envs.base import Array
-from envs.images.labelled import Decoded, collected, decoded, seen
+from envs.sources.labelled import Decoded, collected, decoded, seen
 from envs.store import Index
 
 

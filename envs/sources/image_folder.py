@@ -1,4 +1,4 @@
-"""Any class-labelled image set, from a folder or zip in one of the layouts of `envs/images/layouts.py`."""
+"""Any class-labelled image set, from a folder or zip in one of the layouts of `envs/sources/layouts.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs import store
-from envs.images import decoding, layouts
-from envs.images.census import Census
-from envs.images.decoding import SUFFIXES, Color
+from envs.sources import decoding, layouts
+from envs.sources.census import Census
+from envs.sources.decoding import SUFFIXES, Color
 from envs.store import ImageSet, Index
 
 log = logging.getLogger("metafleet")

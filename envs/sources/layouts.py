@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from envs.images import cifar
-from envs.images.decoding import SUFFIXES, File, Root
+from envs.sources import cifar
+from envs.sources.decoding import SUFFIXES, File, Root
 
 Classes: TypeAlias = dict[str, list[File]]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from envs.images.layouts import Found
+from envs.sources.layouts import Found
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def _read(data: Any, size: int) -> tuple[list[Array], list[Any]]:
 def decoded(example: Any, size: int) -> Array:
     """An example as an array; a PIL image as bytes [3, size, size]."""
     if hasattr(example, "getbands"):
-        from envs.images.decoding import flat  # Pillow takes its time to load
+        from envs.sources.decoding import flat  # Pillow takes its time to load
 
         return flat(example, size, (255, 255, 255))
     return np.asarray(example)

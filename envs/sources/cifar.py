@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.images.decoding import Record, Root
+from envs.sources.decoding import Record, Root
 
 ARCHIVE, FOLDER = "cifar-100-binary.tar.gz", "cifar-100-binary"
 PARTS = ("train.bin", "test.bin")  # the archive's own division, which few-shot splits do not keep

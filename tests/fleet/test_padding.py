@@ -21,6 +21,8 @@ from learners.objectives.supervised import Supervised
 from learners.outer.descent import Descent
 from tests.fleet.runs import FEW
 
+pytestmark = pytest.mark.kernels
+
 WAYS = 4
 
 

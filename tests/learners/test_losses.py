@@ -18,6 +18,8 @@ from learners.objectives.measures import accuracy
 from learners.objectives.supervised import Supervised
 from learners.verbs import common_verbs
 
+pytestmark = pytest.mark.kernels
+
 OUTPUT = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 DENSE = torch.randn(6, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 TARGET = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -283,13 +283,15 @@ def test_images_of_a_hugging_face_directory_are_decoded_however_it_was_saved(tmp
     x, y = pictures()
     whole = numbers(datasets, datasets.Image(), [picture(v) for v in x], [int(n.split()[1]) for n in y])
     whole.with_format("numpy").save_to_disk(tmp_path / "arrays")
+    whole.with_format("torch", columns=["l"]).save_to_disk(tmp_path / "labels")
     whole.cast_column("v", datasets.Image(decode=False)).save_to_disk(tmp_path / "encoded")
     datasets.DatasetDict({"train": whole}).save_to_disk(tmp_path / "alone")  # one split: its classes are divided
-    for name in ("arrays", "encoded", "alone"):
+    for name in ("arrays", "labels", "encoded", "alone"):
         source = HuggingFace(str(tmp_path / name), size=8)
         source.prepare()
         found = {k: v for part in rows_of(source).values() for k, v in part.items()}
         assert found == {str(i): list(range(10 * i, 10 * i + 6)) for i in range(20)}, name
+        assert source.shape == (3, 8, 8)
 
 
 def test_a_hugging_face_directory_with_gaps_is_refused(tmp_path: Path) -> None:

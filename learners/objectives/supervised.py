@@ -197,8 +197,8 @@ class Supervised:
         context, known = given(data, "support_x"), data.get("support_mask")
         size, count = len(tree.leaves(context)[0]), len(tree.leaves(x)[0])
         if self.norm == "support_statistics":
-            both, rows = joined(context, x), Statistics("first", reference=size)
-            y = self.model(params, both, rows, draws=draws, real=and_more(known, count))
+            both, how = joined(context, x), Statistics("first", reference=size)
+            y = self.model(params, both, how, draws=draws, real=and_more(known, count))
             return tree.mapped(lambda v: v[size:], y)
         at_once = max(1, ROWS_AT_ONCE // (size + 1))
         parts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -55,6 +56,23 @@ class ImageSet:
         if picked.dtype == np.uint8:
             return np.asarray(np.divide(picked, 255, dtype=np.float32))
         return np.asarray(picked, np.float32)
+
+
+class Kept(ABC):
+    """A source of examples that stand in the data folder under a name."""
+
+    @property
+    @abstractmethod
+    def _name(self) -> str:
+        """Folder within the data folder: whatever changes the examples changes it."""
+
+    def files(self) -> tuple[str, ...]:
+        """The decoded files, relative to the data folder."""
+        return files(self._name)
+
+    def load(self) -> ImageSet:
+        """The decoded examples, mapped."""
+        return load(data_folder(), self._name)
 
 
 def files(name: str) -> tuple[str, ...]:

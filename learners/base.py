@@ -205,13 +205,6 @@ AVERAGED = "averaged"
 """Under `averaged/name` an outer step's state may hold a running mean of θ, which is used in θ's stead."""
 
 
-def used(meta: Meta, state: Params) -> Meta:
-    """What is evaluated and exported: θ, or its running mean where the outer step keeps one."""
-    start = f"{AVERAGED}/"
-    mean = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-    return Meta(mean, meta.slots) if mean else meta
-
-
 @runtime_checkable
 class Shows(Protocol):
     """An outer step with something to look at in its state."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from learners.base import Data, Params, Sum
 
@@ -15,35 +14,22 @@ def culprit(theta: Params, data: Data, result: Sum, first: int) -> str:
     """What was not finite first, "data, query_x of task 3" and the like, for a sum over stacked tasks of which the
     first has number `first`, at `theta`.
     """
-    for name, value in theta.items():
-        if not _finite(value):
-            return f"θ, {name}"
-    found = _first(data)
-    if found:
-        name, (task, *place) = found
-        kind = "policy" if name == "actions" else "data"
+    for name in _broken(theta):
+        return f"θ, {name}"
+    lived = {name: data[name] for name in LIVED if name in data}
+    broken = _broken(lived or data)
+    if broken:  # of what was lived through, the earliest step; else the first array
+        name = min(broken, key=lambda n: broken[n][:3]) if lived else next(iter(broken))
+        kind, (task, *place) = "policy" if name == "actions" else "data", broken[name]
         return f"{kind}, {name} of task {first + task}" + (f" at {place}" if place else "")
-    for name, value in result.rows.items():
-        if "loss" in name and not _finite(value):
-            task = int((~torch.isfinite(value)).nonzero()[0, 0])
-            return f"loss, {name} of task {first + task}, whose data are finite"
-    for name, value in result.total.items():
-        if not _finite(value):
-            return f"gradient, {name.removeprefix('params/')}, while data and losses are finite"
+    for name, (task, *_) in _broken({k: v for k, v in result.rows.items() if "loss" in k}).items():
+        return f"loss, {name} of task {first + task}, whose data are finite"
+    for name in _broken(result.total):
+        return f"gradient, {name.removeprefix('params/')}, while data and losses are finite"
     return ""
 
 
-def _first(data: Data) -> tuple[str, list[int]] | None:
-    """Name and place of the first number that is none: of the earliest step, where a task was lived through."""
-    lived = [name for name in LIVED if name in data]
-    places = {
-        name: (~torch.isfinite(data[name])).nonzero()[0].tolist() for name in lived or data if not _finite(data[name])
-    }
-    if not places:
-        return None
-    name = min(places, key=lambda n: places[n][:3]) if lived else next(iter(places))
-    return name, places[name]
-
-
-def _finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+def _broken(values: Params) -> dict[str, list[int]]:
+    """Where the first number stands that is none, of the tensors that hold such."""
+    wrong = {name: ~torch.isfinite(v) for name, v in values.items() if v.is_floating_point()}
+    return {name: there.nonzero()[0].tolist() for name, there in wrong.items() if there.any()}

@@ -52,7 +52,7 @@ class Worker:
         execution = self._light if verb.light else self._run
         data = self._shard(assignment, verb, theta)
         if verb.fix and execution.mode == "loop":
-            result = execution.each(self._fixed_at(assignment, verb, theta), beside)
+            result = execution.each(self._fixed_at(assignment, verb, theta, data), beside)
         else:
             result = execution.run(verb.run, theta, beside, data)
         if self.slower > 1:
@@ -92,12 +92,11 @@ class Worker:
             self._recorded[key] = verb.record(theta, self._drawn(a, verb))
         return self._recorded[key]
 
-    def _fixed_at(self, a: Assignment, verb: Verb, theta: Params) -> list[Fixed]:
+    def _fixed_at(self, a: Assignment, verb: Verb, theta: Params, data: Data) -> list[Fixed]:
         """The tasks of an assignment with only the operand left open, kept as long as its data."""
         assert verb.fix
         key = (verb.fix, a.at, a.split, a.start, a.stop)
         if key not in self._fixed:
-            data = self._shard(a, verb, theta)
             self._fixed[key] = [verb.fix(theta, {k: v[i] for k, v in data.items()}) for i in range(a.stop - a.start)]
         return self._fixed[key]
 

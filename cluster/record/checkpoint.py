@@ -16,7 +16,8 @@ from typing_extensions import TypedDict
 
 from cluster.fleet import wire
 from cluster.record.storage import Place, children, make_folder, read, remove, write_atomically
-from learners.base import Meta, Params, pack, unpack, used
+from learners.base import AVERAGED, Meta, Params, pack, unpack
+from learners.engine import tree
 
 log = logging.getLogger("metafleet")
 
@@ -72,7 +73,8 @@ class State:
     @property
     def used(self) -> Meta:
         """What is evaluated and exported: θ, or its running mean where the outer step keeps one."""
-        return used(self.meta, self.outer)
+        mean = tree.under(AVERAGED, self.outer)
+        return Meta(mean, self.meta.slots) if mean else self.meta
 
 
 class _Fields(TypedDict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zipfile
@@ -17,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 Color: TypeAlias = tuple[int, int, int]
 Root: TypeAlias = Path | zipfile.Path
 
+WHITE: Color = (255, 255, 255)
 RULES = "2"
 """Another value wherever equal bytes may give other pixels than before: what was decoded earlier is decoded again."""
 LARGEST_IMAGE = 64 << 20  # bytes in the file; and pixels, by Pillow's own limit
@@ -37,6 +39,15 @@ UNREADABLE = (  # what Pillow's readers raise for broken files
     UnidentifiedImageError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error, struct.error, OSError,
     EOFError, SyntaxError, ValueError, KeyError, IndexError, TypeError,
 )  # fmt: skip
+
+
+def seen(*roots: Path) -> str:
+    """A fingerprint of files and folders: it changes with any file's name, size or time, and with `RULES`."""
+    listed = ""
+    for root in roots:
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        listed += "".join(f"{f.relative_to(root.parent)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
+    return hashlib.sha256(f"{RULES}\n{listed}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs import store
-from envs.store import ImageSet, Index
+from envs.store import Index, Kept
 
 CURVE = 60  # points along a stroke
 VERSION = "2"  # of the drawing: another one means draw again
 
 
 @dataclass(frozen=True)
-class Glyphs:
+class Glyphs(Kept):
     """Each class is two to four cubic Bézier strokes; each drawing of it wobbles, turns and shifts them a little."""
 
     characters: int = 200
@@ -39,12 +39,6 @@ class Glyphs:
 
     def prepare(self) -> None:
         store.write_once(self._name, VERSION, self._draw)
-
-    def files(self) -> tuple[str, ...]:
-        return store.files(self._name)
-
-    def load(self) -> ImageSet:
-        return store.load(store.data_folder(), self._name)
 
     def _draw(self) -> tuple[NDArray[np.uint8], Index]:
         images = np.concatenate([self._character(i) for i in range(self.characters)])

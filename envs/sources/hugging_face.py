@@ -10,7 +10,7 @@ import numpy as np
 
 from envs.base import Array
 from envs.sources.classes import collected
-from envs.sources.labelled import Decoded, decoded, seen
+from envs.sources.labelled import Decoded, decoded
 from envs.store import Index
 
 
@@ -42,7 +42,7 @@ class HuggingFace(Decoded):
         if self.size < 1:
             raise ValueError(f"size={self.size}: at least 1 wanted")
 
-    def decode(self, path: Path) -> tuple[Array, Index]:
+    def decode(self, path: Path, fingerprint: str) -> tuple[Array, Index]:
         try:
             from datasets import Dataset, load_from_disk
         except ModuleNotFoundError as error:
@@ -55,7 +55,7 @@ class HuggingFace(Decoded):
             raise ValueError(f"{path} is not a directory of save_to_disk ({error})") from error
         parts = {"": found} if isinstance(found, Dataset) else dict(found)
         rows = {split: self._rows(f"{path}, {split}" if split else str(path), part) for split, part in parts.items()}
-        return collected(str(path), rows.get("", rows), self.train, self.validation, seen(path))
+        return collected(str(path), rows.get("", rows), self.train, self.validation, fingerprint)
 
     def _rows(self, what: str, part: Any) -> tuple[list[Array], list[Any]]:
         from datasets import ClassLabel, Image

@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 from envs import store
 from envs.sources import decoding, layouts
 from envs.sources.census import Census
-from envs.sources.decoding import SUFFIXES, Color
-from envs.store import ImageSet, Index
+from envs.sources.decoding import SUFFIXES, WHITE, Color
+from envs.store import Index, Kept
 
 log = logging.getLogger("metafleet")
 
-WHITE = (255, 255, 255)
-
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(Kept):
     """RGB images of a folder or zip, resized to size × size (Lanczos), upright as EXIF says.
 
     Recognised layouts: `train.csv`, `val.csv`, `test.csv` (columns filename, label) with the files under `images/` or
@@ -72,18 +70,12 @@ class ImageFolder:
             raise FileNotFoundError(
                 f"task.source.folder={self.folder!r} does not exist: a folder or a zip of images is wanted"
             )
-        fingerprint = _fingerprint(path, self.splits)
+        fingerprint = decoding.seen(path, *([path.parent / self.splits] if self.splits else []))
         store.write_once(self._name, fingerprint, lambda: self._decode(path, fingerprint))
         # In every run that uses the set, not only in the one that decoded it.
         remarks = store.data_folder() / self._remarks
         for remark in remarks.read_text().splitlines() if remarks.exists() else ():
             log.warning("%s: %s", path, remark)
-
-    def files(self) -> tuple[str, ...]:
-        return store.files(self._name)
-
-    def load(self) -> ImageSet:
-        return store.load(store.data_folder(), self._name)
 
     def _decode(self, path: Path, fingerprint: str) -> tuple[NDArray[np.uint8], Index]:
         found = layouts.find(path, self.splits)
@@ -114,12 +106,3 @@ class ImageFolder:
         remarks = "".join(f"{r}\n" for r in census.remarks(found))
         store.install(self._remarks, lambda file: file.write_text(remarks))
         return images[: starts[-1]], Index(names, starts, splits, fingerprint)
-
-
-def _fingerprint(path: Path, splits: str) -> str:
-    """Changes with any file's name, size or time, and with how files are decoded."""
-    seen = ""
-    for root in (path, path.parent / splits) if splits else (path,):
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-        seen += "".join(f"{f.relative_to(root.parent)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
-    return hashlib.sha256(f"{decoding.RULES}\n{seen}".encode()).hexdigest()

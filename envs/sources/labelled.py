@@ -5,7 +5,7 @@ common.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,12 @@ from numpy.typing import ArrayLike
 from envs import store
 from envs.base import Array
 from envs.sources.classes import collected, plain
-from envs.sources.decoding import RULES, flat
-from envs.store import ImageSet, Index
-
-WHITE = (255, 255, 255)
+from envs.sources.decoding import WHITE, flat, seen
+from envs.store import Index, Kept
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Kept):
     """Examples in the data folder, as `from_arrays` and `from_datasets` put them there."""
 
     key: str
@@ -36,14 +34,12 @@ class Stored:
     def prepare(self) -> None:
         self.load()
 
-    def files(self) -> tuple[str, ...]:
-        return store.files(self.key)
-
-    def load(self) -> ImageSet:
-        return store.load(store.data_folder(), self.key)
+    @property
+    def _name(self) -> str:
+        return self.key
 
 
-class Decoded(ABC):
+class Decoded(Kept):
     """A source that is decoded into the data folder once: a frozen dataclass that says how."""
 
     path: ClassVar[str]
@@ -52,8 +48,8 @@ class Decoded(ABC):
     validation: float
 
     @abstractmethod
-    def decode(self, path: Path) -> tuple[Array, Index]:
-        """What is there, with `seen(path)` for a fingerprint."""
+    def decode(self, path: Path, fingerprint: str) -> tuple[Array, Index]:
+        """What is there."""
 
     def __post_init__(self) -> None:
         if not (0 < self.train < 1 and 0 < self.validation < 1 - self.train):
@@ -73,15 +69,10 @@ class Decoded(ABC):
     def prepare(self) -> None:
         given = getattr(self, self.path)
         if given and Path(given).exists():
-            store.write_once(self._name, seen(Path(given)), lambda: self.decode(Path(given)))
+            fingerprint = seen(Path(given))
+            store.write_once(self._name, fingerprint, lambda: self.decode(Path(given), fingerprint))
         elif not (store.data_folder() / self.files()[1]).exists():  # decoded before, where the data were
             raise FileNotFoundError(f"task.source.{self.path}={given!r} does not exist")
-
-    def files(self) -> tuple[str, ...]:
-        return store.files(self._name)
-
-    def load(self) -> ImageSet:
-        return store.load(store.data_folder(), self._name)
 
     @property
     def _name(self) -> str:
@@ -147,10 +138,3 @@ def _brief(value: Any) -> str:
 def decoded(example: Any, size: int) -> Array:
     """An example as an array; a PIL image as bytes [3, size, size]."""
     return flat(example, size, WHITE) if hasattr(example, "getbands") else plain(example)
-
-
-def seen(path: Path) -> str:
-    """Changes with any file's name, size or time, and with what pixels it becomes."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    listed = RULES + "".join(f"{f.relative_to(path.parent)} {f.stat().st_size} {f.stat().st_mtime_ns}\n" for f in files)
-    return hashlib.sha256(listed.encode()).hexdigest()

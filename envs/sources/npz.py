@@ -13,7 +13,7 @@ import numpy as np
 
 from envs.base import SPLITS, Array, Arrays
 from envs.sources.classes import collected, names_of
-from envs.sources.labelled import Decoded, seen
+from envs.sources.labelled import Decoded
 from envs.store import Index
 
 log = logging.getLogger("metafleet")
@@ -38,7 +38,7 @@ class Npz(Decoded):
     validation: float = 0.16
     """Share for validation; the rest is for test."""
 
-    def decode(self, path: Path) -> tuple[Array, Index]:
+    def decode(self, path: Path, fingerprint: str) -> tuple[Array, Index]:
         content = _content(path)
         pairs = {k[:-1] for k in content if k[-2:] in ("x", "y", "_x", "_y")}  # "" or "train_" …
         halves = [f"{k}{end}" for k in sorted(pairs) for end in "xy" if f"{k}{end}" not in content]
@@ -50,7 +50,7 @@ class Npz(Decoded):
         rows: Pair | dict[str, Pair] = {k[:-1]: (content[f"{k}x"], content[f"{k}y"]) for k in sorted(pairs)}
         if "" in pairs:
             rows = _listed(path, content) or (content["x"], content["y"])
-        return collected(str(path), rows, self.train, self.validation, seen(path))
+        return collected(str(path), rows, self.train, self.validation, fingerprint)
 
 
 def _content(path: Path) -> Arrays:

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from envs import store
-from envs.store import ImageSet, Index
+from envs.store import ImageSet, Index, Kept
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 ARCHIVES = {  # name: (published MD5, characters)
@@ -28,7 +28,7 @@ LARGEST = 64 << 20  # bytes; the archives are 10 and 7 MB
 
 
 @dataclass(frozen=True)
-class Omniglot:
+class Omniglot(Kept):
     """Characters of both archives as grey images, ink 1 on paper 0, Lanczos-resized.
 
     The 1623 characters, sorted by alphabet and name, are shuffled once with a fixed seed; the first `train` are for
@@ -64,11 +64,8 @@ class Omniglot:
                 self._given(archive)
         store.write_once(self._name, "1", self._decode)
 
-    def files(self) -> tuple[str, ...]:
-        return store.files(self._name)
-
     def load(self) -> ImageSet:
-        stored = store.load(store.data_folder(), self._name)
+        stored = super().load()
         return ImageSet(
             stored.images, Index(stored.index.classes, stored.index.starts, self._splits(len(stored.index.classes)))
         )

@@ -36,6 +36,14 @@ def transformed() -> bool:
     return _TRANSFORMED.get()
 
 
+def root(v: Tensor) -> Tensor:
+    """√v, whose derivative at 0 is 0: of √g² = |g| at g = 0 one of its subgradients, where autograd says 0 · ∞."""
+    if not v.requires_grad and not transformed():
+        return v.sqrt()
+    there = v > 0
+    return torch.where(there, torch.where(there, v, 1).sqrt(), 0)
+
+
 def differentiate(loss: Callable[[Params], Tensor], at: Params, again: bool = False) -> tuple[Params, Tensor]:
     """(∇ loss(at), loss(at)).
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learners.base import Params
 from learners.engine import tree
-from learners.engine.derivative import transformed
+from learners.engine.derivative import root
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -84,16 +84,8 @@ class Adam:
         second = 1 - self.beta2**t
         m = m / (1 - self.beta1**t) if self.beta1 else m
         if self.style == "torch":
-            return m / (_root(v / second) + self.eps)
-        return second.sqrt() * m / (_root(v) + self.eps)
-
-
-def _root(v: Tensor) -> Tensor:
-    """√v, whose derivative at 0 is 0: of √v̂ = |g| at g = 0 one of its subgradients, where autograd says 0 · ∞."""
-    if not v.requires_grad and not transformed():
-        return v.sqrt()
-    there = v > 0
-    return torch.where(there, torch.where(there, v, 1).sqrt(), 0)
+            return m / (root(v / second) + self.eps)
+        return second.sqrt() * m / (root(v) + self.eps)
 
 
 def clip_by_value(grads: Params, limit: float) -> Params:

@@ -98,6 +98,13 @@ class GaussianMLP:
         return Gaussian(net, outputs, self.std, self.min_std)
 
 
+def image_shape(network: str, inputs: tuple[int, ...]) -> tuple[int, int, int]:
+    """(channels, height, width) of a network's inputs. Raises ValueError where they are no images."""
+    if len(inputs) != 3:
+        raise ValueError(f"{network} wants images (channels, height, width), the task gives inputs of shape {inputs}")
+    return inputs
+
+
 class SpatialMean(nn.Module):
     """[n, C, H, W] → [n, C]."""
 
@@ -125,9 +132,7 @@ class Conv4:
     """"torch": the framework's; "cbfinn": Xavier convolutions and an N(0, 1) head, as in the MAML code."""
 
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
-        if len(inputs) != 3:
-            raise ValueError(f"Conv4 wants images (channels, height, width), the task gives inputs of shape {inputs}")
-        channels, *size = inputs
+        channels, *size = image_shape("Conv4", inputs)
         blocks = []
         for _ in range(4):
             blocks.append(self._block(channels))

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learners.models.networks import SpatialMean
+from learners.models.networks import SpatialMean, image_shape
 from learners.modules.normalisation import BatchNorm
 
 
@@ -45,12 +45,9 @@ class ResNet:
     """Channels of the stem and the first stage."""
 
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
-        if len(inputs) != 3:
-            raise ValueError(
-                f"a ResNet wants images (channels, height, width), the task gives inputs of shape {inputs}"
-            )
+        colours, _, _ = image_shape("a ResNet", inputs)
         model = nn.Sequential()
-        model.add_module("stem", nn.Conv2d(inputs[0], self.width, 3, padding=1, bias=False))
+        model.add_module("stem", nn.Conv2d(colours, self.width, 3, padding=1, bias=False))
         model.add_module("norm", BatchNorm(self.width))
         channels = self.width
         for stage in range(4):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from learners.models.networks import SpatialMean
+from learners.models.networks import SpatialMean, image_shape
 from learners.modules.drop import DropBlock, rate
 from learners.modules.normalisation import BatchNorm
 
@@ -67,11 +67,8 @@ class ResNet12:
             raise ValueError(f"block={self.block}: at least 1 wanted")
 
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
-        if len(inputs) != 3:
-            raise ValueError(
-                f"ResNet-12 wants images (channels, height, width), the task gives inputs of shape {inputs}"
-            )
-        last = min(inputs[1:]) // 16
+        channels, height, width = image_shape("ResNet-12", inputs)
+        last = min(height, width) // 16
         if last < 1:
             raise ValueError(
                 f"ResNet-12 halves four times; images of {inputs[1]}×{inputs[2]} are too small (16 or more wanted)"
@@ -82,7 +79,6 @@ class ResNet12:
                 f"{inputs[2] // 16}; {last} or less, or drop_block=0, wanted"
             )
         model = nn.Sequential()
-        channels = inputs[0]
         for i, width in enumerate(self.widths):
             drop = nn.Dropout(self.dropout) if i < 2 else DropBlock(self.drop_block, self.block)
             model.add_module(f"block{i}", Block(channels, width, drop if drop.p else nn.Identity()))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learners.models.networks import image_shape
 from learners.modules.drop import StochasticDepth, rate
 
 
@@ -127,9 +128,7 @@ class ViT:
         rate("stochastic_depth", self.stochastic_depth)
 
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
-        if len(inputs) != 3:
-            raise ValueError(f"a ViT wants images (channels, height, width), the task gives inputs of shape {inputs}")
-        channels, height, width = inputs
+        channels, height, width = image_shape("a ViT", inputs)
         if height % self.patch or width % self.patch:
             raise ValueError(f"patch={self.patch}: a divisor of the images' sides {height}×{width} wanted")
         tokens = (height // self.patch) * (width // self.patch)

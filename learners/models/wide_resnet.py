@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from learners.models.networks import SpatialMean
+from learners.models.networks import SpatialMean, image_shape
 from learners.modules.drop import rate
 from learners.modules.normalisation import BatchNorm
 
@@ -52,12 +52,9 @@ class WideResNet:
         rate("dropout", self.dropout)
 
     def build(self, inputs: tuple[int, ...], outputs: int) -> nn.Module:
-        if len(inputs) != 3:
-            raise ValueError(
-                f"a wide ResNet wants images (channels, height, width), the task gives inputs of shape {inputs}"
-            )
+        colours, _, _ = image_shape("a wide ResNet", inputs)
         model = nn.Sequential()
-        model.add_module("stem", nn.Conv2d(inputs[0], 16, 3, padding=1, bias=False))
+        model.add_module("stem", nn.Conv2d(colours, 16, 3, padding=1, bias=False))
         channels = 16
         for stage in range(3):
             for block in range((self.depth - 4) // 6):

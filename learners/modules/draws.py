@@ -138,8 +138,11 @@ def _scaled_dot_product_attention(
     return dropout(draws, scores.softmax(-1), dropout_p) @ value
 
 
+_ATTENTION = signature(F.multi_head_attention_forward)
+
+
 def _multi_head_attention(draws: Draws, *args: Any, **kwargs: Any) -> Any:
-    given = signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    given = _ATTENTION.bind(*args, **kwargs).arguments
     if not given.get("training", True) or given["dropout_p"] == 0:
         return F.multi_head_attention_forward(*args, **kwargs)
     return attention_with(lambda w, p: dropout(draws, w, p), *args, **kwargs)

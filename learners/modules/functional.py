@@ -138,7 +138,7 @@ class Functional:
             self(params, x, statistics, draws=draws, real=real)
         finally:
             hook.remove()
-        return seen[0].to(leaves(list(params.values()))[0].dtype)
+        return cast(seen[0], self._theta_dtype(params))
 
     def widest(self, x: Inputs) -> int:
         """Bytes of the largest intermediate result for inputs x."""

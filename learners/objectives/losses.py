@@ -53,11 +53,7 @@ class Regression:
         return F.mse_loss(output, target, reduction=reduction)
 
     def __call__(self, output: Any, target: Any, mask: Tensor | None = None) -> Tensor:
-        output = one_tensor(output, self.name)
-        if output.shape != target.shape:  # torch would broadcast, and learn nonsense
-            raise ValueError(
-                f"targets of shape {tuple(target.shape)} do not fit outputs of shape {tuple(output.shape)}"
-            )
+        output = same_shape(output, target, self.name)  # torch would broadcast, and learn nonsense
         target = target.to(output.dtype)
         return self.error(output, target, "mean") if mask is None else mean(self.error(output, target, "none"), mask)
 

@@ -177,14 +177,12 @@ class Supervised:
 
     def summary(self) -> str:
         """Loss and measures, the normalisation mode where there is one, and the model's constants."""
-        norm = f", norm {self.norm}" if self.model.normalises else ""
-        extra = (
-            ""
-            if self.measures is None
-            else f", measures {', '.join(f'{k} {called(v)}' for k, v in self.measures.items())}"
-        )
-        constants = self.model.summary()
-        return f"{called(self.loss)} ({self.scale}){extra}{norm}" + (f", {constants}" if constants else "")
+        said = [f"{called(self.loss)} ({self.scale})"]
+        if self.measures is not None:
+            said.append(f"measures {', '.join(f'{k} {called(v)}' for k, v in self.measures.items())}")
+        if self.model.normalises:
+            said.append(f"norm {self.norm}")
+        return ", ".join(s for s in (*said, self.model.summary()) if s)
 
     def _draws(self, data: Data, step: int) -> Draws | None:
         return Draws(data[KEY], step) if KEY in data else None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learners.base import Metrics, Params
+from learners.engine.derivative import root
 from learners.modules.functional import Functional
 from learners.modules.normalisation import Statistics
 
@@ -110,6 +111,4 @@ def feature_distance(seen: Params, running: Params) -> Tensor:
 
 def norm(x: Tensor) -> Tensor:
     """‖x‖₂ over all entries, with gradient 0 where x = 0."""
-    square = x.square().sum()
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    return root(x.square().sum())

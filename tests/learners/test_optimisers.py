@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cluster.record.checkpoint import State
 from learners.algorithms.reptile import minibatches
-from learners.base import Meta, used
+from learners.base import Meta
 from learners.engine.conjugate_gradient import conjugate_gradient
 from learners.engine.derivative import transforms
 from learners.engine.optimisers import SGD, Adam, clip_by_norm, clip_by_value, scheduled
@@ -196,9 +197,9 @@ def test_a_running_mean_of_theta_is_what_is_used() -> None:
         meta, state, _ = outer.apply(meta, state, {"params/a": torch.tensor(-1.0).double()}, 1.0)
         d = min(0.5, (1 + step) / (10 + step))
         mean = d * mean + (1 - d) * (step + 1)
-        assert float(used(meta, state).params["a"]) == pytest.approx(mean, abs=1e-12)
-    assert used(meta, state).slots is meta.slots
-    assert used(meta, Descent().init(meta)) is meta
+        assert float(State(step, meta, state).used.params["a"]) == pytest.approx(mean, abs=1e-12)
+    assert State(12, meta, state).used.slots is meta.slots
+    assert State(12, meta, Descent().init(meta)).used is meta
 
 
 def test_patterns_and_numbers_that_cannot_be_are_refused() -> None:

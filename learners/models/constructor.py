@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-EXTRA = {"torchvision": "vision", "timm": "vision"}
-"""Extra of ours that brings a package."""
-
 
 @dataclass(frozen=True)
 class Constructor:
@@ -104,7 +101,9 @@ def located(name: str) -> Callable[..., object]:
     try:
         found = pkgutil.resolve_name(name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"target={name!r}: there is no module {error.name}; {_remedy(parts[0])}") from error
+        raise ValueError(
+            f"target={name!r}: there is no module {error.name}; install it, or name its folder in PYTHONPATH"
+        ) from error
     except AttributeError as error:
         near = difflib.get_close_matches(str(error.name), dir(error.obj), 1)
         raise ValueError(
@@ -119,12 +118,6 @@ def located(name: str) -> Callable[..., object]:
         raise ValueError(f"target={name!r} is a {type(found).__name__}: a class or function wanted")
     made: Callable[..., object] = found
     return made
-
-
-def _remedy(package: str) -> str:
-    if package in EXTRA:
-        return f"pip install 'metafleet[{EXTRA[package]}]' brings it"
-    return "install it, or name its folder in PYTHONPATH"
 
 
 def _keywords(make: Callable[..., object]) -> str:

@@ -14,7 +14,7 @@ from cluster.fleet.recipe import Recipe
 from cluster.training.driver import Driver
 from envs.base import Arrays
 from learners.algorithms.maml import MAML
-from learners.base import Sum, pack
+from learners.base import Params, Sum, Verb, pack
 from learners.engine.execution import Execution
 from learners.modules.functional import functional
 from learners.objectives.supervised import Supervised
@@ -59,6 +59,19 @@ def recipe(norm: Any) -> tuple[Recipe, Supervised]:
     return Recipe(Clusters(), MAML(0.1, 2), objective, Descent(), dtype="float64", evaluation_steps=2), objective
 
 
+def check_together(parts: Recipe, verb: Verb, at: Params, tasks: list[Arrays], mode: Any) -> None:
+    """A verb's sum and rows over tasks side by side are those of the tasks one by one."""
+
+    def sums(some: list[Arrays], mode: Any) -> Sum:
+        return Execution(mode).run(verb.run, at, {}, parts.tensors(stacked(some)))
+
+    together, alone = sums(tasks, mode), [sums([t], "loop") for t in tasks]
+    wanted = {k: sum(one.total[k] for one in alone) for k in together.total}
+    torch.testing.assert_close(together.total, wanted, rtol=1e-9, atol=1e-11)
+    rows = {k: torch.cat([one.rows[k] for one in alone]) for k in together.rows}
+    torch.testing.assert_close(together.rows, rows, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("mode", ["loop", "vmap"])
 @pytest.mark.parametrize("verb", ["gradient", "evaluate"])
 @pytest.mark.parametrize("norm", ["transductive", "support_statistics", "support_plus_one", "frozen"])
@@ -70,14 +83,7 @@ def test_any_way_and_any_shot_together_are_the_tasks_one_by_one(norm: str, verb:
     assert len({t["class_mask"].sum() for t in tasks}) > 1
     at = pack(objective.model.params(), objective.slots())
 
-    def sums(some: list[Arrays], mode: Any) -> Sum:
-        return Execution(mode).run(function.run, at, {}, parts.tensors(stacked(some)))
-
-    together, alone = sums(tasks, mode), [sums([t], "loop") for t in tasks]
-    wanted = {k: sum(one.total[k] for one in alone) for k in together.total}
-    torch.testing.assert_close(together.total, wanted, rtol=1e-9, atol=1e-11)
-    rows = {k: torch.cat([one.rows[k] for one in alone]) for k in together.rows}
-    torch.testing.assert_close(together.rows, rows, rtol=1e-9, atol=1e-11)
+    check_together(parts, function, at, tasks, mode)
 
 
 def test_a_run_of_unequal_tasks_is_the_same_in_any_company(tmp_path: Any) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cluster.fleet import wire
 from cluster.fleet.messages import Assignment, Event
-from cluster.fleet.padding import stacked
 from cluster.fleet.pool import LocalPool
 from cluster.fleet.recipe import Recipe
 from cluster.fleet.wire import decode_sum, encode_sum
@@ -56,6 +55,7 @@ from learners.objectives.robustness import Robustness
 from learners.objectives.supervised import Supervised
 from learners.outer.descent import Descent
 from learners.purer.calibration import Calibration, DataFreeMAML
+from tests.fleet.test_padding import check_together
 
 ATTACK = Attack(0.05, low=-10.0, high=10.0)
 LEARNERS: dict[str, Learner] = {
@@ -195,13 +195,7 @@ def test_padded_tasks_are_the_tasks_one_by_one(world: World, name: str, mode: st
         function = recipe.verbs(world.objective)[verb]
         tasks = [recipe.task("train", i, function) for i in range(3)]
         assert len({len(t["support_y"]) for t in tasks}) > 1 < len({len(t["query_y"]) for t in tasks})
-        at = pack(*world.meta(learner))
-        together = Execution(mode).run(function.run, at, {}, recipe.tensors(stacked(tasks)))
-        alone = [Execution("loop").run(function.run, at, {}, recipe.tensors(stacked([t]))) for t in tasks]
-        wanted = {k: sum(one.total[k] for one in alone) for k in together.total}
-        torch.testing.assert_close(together.total, wanted, rtol=1e-9, atol=1e-11)
-        rows = {k: torch.cat([one.rows[k] for one in alone]) for k in together.rows}
-        torch.testing.assert_close(together.rows, rows, rtol=1e-9, atol=1e-11)
+        check_together(recipe, function, pack(*world.meta(learner)), tasks, mode)
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -149,15 +149,6 @@ def test_what_does_not_fit_is_said(own: str, changed: dict[str, Any], inputs: tu
     assert "\n" not in str(error.value)
 
 
-def test_a_package_that_an_extra_brings_is_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
-
-    monkeypatch.setattr("pkgutil.resolve_name", absent)
-    with pytest.raises(ValueError, match=r"no module timm; pip install 'metafleet\[vision\]'"):
-        located("timm.create_model")
-
-
 def test_a_package_that_does_not_fit_torch_is_named_with_torchs_version(own: str, tmp_path: Path) -> None:
     (tmp_path / "misfit.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     with pytest.raises(

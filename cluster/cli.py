@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.commands.console import console, errors
-from cluster.commands.runs import compare, evaluate, export, replay, resume, status, train
+from cluster.commands.runs import compare, replay, resume, status, train
 from cluster.commands.tools import check, doctor, list_, scale, show, teachers
+from cluster.commands.using import adapt, evaluate, export
 
 USAGE = """metafleet — distributed meta-training on Ray
 
@@ -34,7 +35,7 @@ Try: metafleet train sinusoid"""
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "resume": resume, "evaluate": evaluate, "compare": compare, "export": export,
+    "train": train, "resume": resume, "evaluate": evaluate, "adapt": adapt, "compare": compare, "export": export,
     "list": list_, "show": show, "check": check, "status": status, "replay": replay, "teachers": teachers,
     "doctor": doctor, "scale": scale,
 }  # fmt: skip

@@ -56,8 +56,8 @@ FLOORS: dict[str, dict[str, tuple[str, ...]]] = {
         "cli": ("commands",), "train": ("cli",),
     },
     "learners": {
-        "base": (), "engine": ("base",), "inner": ("base", "engine"), "modules": ("base", "engine"),
-        "models": ("modules",), "objectives": ("base", "engine", "inner", "modules"),
+        "base": (), "importing": (), "engine": ("base",), "inner": ("base", "engine"), "modules": ("base", "engine"),
+        "models": ("importing", "modules"), "objectives": ("base", "engine", "inner", "modules"),
         "algorithms": ("base", "engine", "inner", "modules", "models", "objectives"),
         "outer": ("base", "engine", "inner", "objectives"),
         "verbs": ("base", "objectives"),
@@ -163,6 +163,7 @@ def test_training_and_fleet_name_no_learner_task_or_policy_of_the_catalog() -> N
         ("learners.algorithms.maml", ("ray", "tensorboard")),
         ("cluster.training.driver", ("ray", "tensorboard")),
         ("cluster.cli", ("torch", "ray")),
+        ("cluster.setup.catalog", ("torch", "ray", "numpy")),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_it_should(module: str, absent: tuple[str, ...]) -> None:

@@ -6,12 +6,14 @@ import dataclasses
 import re
 import tomllib
 import typing
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
 import tyro
 
+from cluster.record import storage
 from cluster.setup import config, tables
 from cluster.setup.run import Run
 
@@ -19,12 +21,16 @@ T = TypeVar("T")
 
 
 def configured(
-    command: str, words: list[str], options: type[T], description: str, shown: str = "RUN"
-) -> tuple[str, T, Any]:
-    """(RUN, options, run) of `RUN --key value …`. The flags are those of the classes that RUN and --x.name choose."""
+    command: str, words: list[str], options: type[T], description: str, shown: str = "RUN",
+    load: Callable[[str, dict[str, str]], Run] = config.load, hidden: Collection[str] = (),
+) -> tuple[str, T, Any]:  # fmt: skip
+    """(RUN, options, run) of `RUN --key value …`. The flags are those of the classes that RUN and --x.name choose.
+
+    `load`: how RUN and these choices become a run. `hidden`: keys that are no flags of this command.
+    """
     name, rest = leading(words)
     overrides, rest = _choices(rest)
-    run = config.load(name or "sinusoid", overrides)
+    run = load(name or "sinusoid", overrides)
     if not name and not any(w in ("-h", "--help") for w in rest):
         raise ValueError(
             f"metafleet {command} wants a {shown} first, for example: metafleet {command} "
@@ -35,7 +41,7 @@ def configured(
             " The keys below are those of the preset sinusoid: name a RUN to see its own; --learner.name and the like "
             "choose others."
         )
-    narrow = _narrowed(run)
+    narrow = _narrowed(run, hidden=hidden)
     flags: Any = dataclass(frozen=True)(type("Flags", (options, type(narrow)), {"__annotations__": {}}))
     default = flags(**_values(options()), **_values(narrow))
     parsed = tyro.cli(
@@ -46,7 +52,21 @@ def configured(
     return name, options(**own), Run(**{k: _plain(v, f"{k}.") for k, v in values.items()})
 
 
-def _narrowed(value: Any, key: str = "") -> Any:
+def of_directory(words: list[str], changes: tables.Table | None = None) -> Callable[[str, dict[str, str]], Run]:
+    """How `configured` comes from a run directory to its run, with `changes`; `words` say whether it is --trust-ed."""
+    from cluster.operations import existing_run
+
+    def load(name: str, overrides: dict[str, str]) -> Run:
+        if not words or words[0].startswith("-"):
+            return config.load(name, overrides)
+        return existing_run.run_of(
+            storage.place(name), trust="--trust" in words, overrides=overrides, changes=changes or {}
+        )
+
+    return load
+
+
+def _narrowed(value: Any, key: str = "", hidden: Collection[str] = ()) -> Any:
     """An equal dataclass whose fields are declared as the classes that stand in them, not as interfaces.
 
     tyro makes flags of the types that fields are declared with, and knows only that much of them. Of
@@ -62,12 +82,18 @@ def _narrowed(value: Any, key: str = "") -> Any:
     returns is a Run' too; `_plain` leads back by way of `of`, which holds the class that was narrowed. A subclass of
     one with others inside checks nothing itself: its `__post_init__` would run before all flags are there.
     """
-    inside = {k: _narrowed(v, f"{key}{k}.") for k, v in _values(value).items() if dataclasses.is_dataclass(v)}
-    inner = inside | {name: _toml(getattr(value, name)) for name in _arrays(type(value))}
+    cls, values = type(value), _values(value)
+    still = {
+        k: v for k, v in values.items() if k in hidden or (tables.is_choice(cls, k) and not dataclasses.is_dataclass(v))
+    }
+    inside = {
+        k: _narrowed(v, f"{key}{k}.") for k, v in values.items() if dataclasses.is_dataclass(v) and k not in still
+    }
+    inner = inside | {name: _toml(getattr(value, name)) for name in _arrays(cls)} | still
     if not inner:
         return value
-    cls = type(value)
-    declared = {name: type(child) for name, child in inner.items()}
+    declared: dict[str, Any] = {name: type(child) for name, child in inner.items()}
+    declared |= dict.fromkeys(still, Annotated[Any, tyro.conf.Fixed, tyro.conf.Suppress])
 
     def check(self: Any) -> None:
         if not inside:
@@ -84,9 +110,9 @@ def _values(value: Any) -> dict[str, Any]:
 
 def _plain(value: Any, key: str) -> Any:
     """Back from narrowed classes to the real ones; `key` stands before the names of fields."""
-    if not dataclasses.is_dataclass(value):
+    cls: Any = vars(type(value)).get("of")
+    if cls is None:
         return value
-    cls: Any = getattr(type(value), "of", type(value))
     plain = {name: _plain(child, f"{key}{name}.") for name, child in _values(value).items()}
     for name, hint in _arrays(cls).items():
         plain[name] = tables.from_rows(hint, _parsed(plain[name], f"{key}{name}"), f"{key}{name}")

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cluster.operations.existing_run import CONFIGURATION, configuration
+from cluster.operations.existing_run import CONFIGURATION, run_of
 from cluster.record.storage import Place, place, write_atomically
 from cluster.results import drawing, interval
 from cluster.results.report import RESULTS
-from cluster.setup import config, equal_budget, resolve
+from cluster.setup import equal_budget, resolve
 from cluster.setup.run import Run
 from cluster.setup.tables import flat, to_table
 
@@ -50,10 +50,10 @@ class Group:
             total += run.iterations * equal_budget.spent(run, what)
             if not run.init_from:
                 return f"{total:,}"
-            path = place(run.init_from) / CONFIGURATION
-            if not path.exists():
+            before = place(run.init_from)
+            if not (before / CONFIGURATION).exists():
                 return f"{total:,} + {run.init_from}"
-            run = config.load(str(path))
+            run = run_of(before, like=run)
 
     def attacked(self) -> dict[str, tuple[float, float]]:
         """(mean, half-width of the 95 % interval) under attack, by "support/query/measure"; {} where nobody
@@ -68,8 +68,10 @@ class Group:
         return {k: (float(v.mean(0)), float(interval.over_seeds(v))) for k, v in means.items()}
 
 
-def grouped(directories: Sequence[Place]) -> list[Group]:
-    """Finished runs by configuration. Raises FileNotFoundError for one without results."""
+def grouped(directories: Sequence[Place], *, trust: bool = False) -> list[Group]:
+    """Finished runs by configuration. Raises FileNotFoundError for one without results, PermissionError for one that
+    names code of others, if `trust` does not say that it may.
+    """
     groups: dict[tuple[str, int], list[Place]] = {}
     runs: dict[tuple[str, int], Run] = {}
     met: Counter[tuple[str, int]] = Counter()
@@ -78,7 +80,7 @@ def grouped(directories: Sequence[Place]) -> list[Group]:
             raise FileNotFoundError(
                 f"{directory} has no {RESULTS}: not a run directory, or a run that has not finished"
             )
-        run = config.load(str(configuration(directory)))
+        run = run_of(directory, trust=trust)
         kind = _kind(run)
         key = kind, met[kind, run.seed]  # the same seed again is no other seed, and stands apart
         met[kind, run.seed] += 1
@@ -163,7 +165,7 @@ def _table(groups: list[Group], measure: str) -> Table:
         title=f"test {measure.replace('_', ' ', 1)}: "
         "mean ± 95 % CI (over seeds where there are several, else over tasks)"
     )
-    lived = all(group.run.task.kind == "control" for group in groups)
+    lived = all(group.run.kind == "control" for group in groups)
     budget, currency = ("env_steps", "time steps") if lived else ("passes", "backward passes")
     for name in ("run", "seeds", "iterations", currency, "step 0", "step 1", "last step"):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name == "run")

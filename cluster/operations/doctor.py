@@ -11,6 +11,7 @@ from typing import Literal
 
 from cluster.fleet.machine import data_files, environment, whereabouts
 from cluster.record.storage import Place, create, make_folder, write_atomically
+from cluster.setup import families
 from cluster.setup.resolve import idle_workers
 from cluster.setup.run import Run
 from envs.base import TaskDistribution
@@ -144,7 +145,7 @@ def _screen() -> Finding:
 
 def _data(run: Run) -> Iterator[Finding]:
     try:
-        run.task.prepare()
+        families.prepare(run.task)
     except (OSError, ValueError) as error:
         yield Finding("wrong", "the task's data", str(error))
     else:

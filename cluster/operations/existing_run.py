@@ -1,30 +1,22 @@
-"""A run directory that is there: its θ evaluated, replayed, exported, looked at."""
+"""A run directory that is there: its configuration, its θ, its journal."""
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
-
-from rich.table import Table
+import logging
+from dataclasses import dataclass
 
 from cluster.fleet.machine import set_up_torch
 from cluster.operations.replay import replay as replayed
 from cluster.operations.replay import steps
 from cluster.record.checkpoint import Checkpoints, State
-from cluster.record.journal import Unwritten
-from cluster.record.storage import Place, make_folder, place, write_atomically
-from cluster.results.report import Results
-from cluster.setup import assemble, config
+from cluster.record.storage import Place, make_folder, place, read, write_atomically
+from cluster.setup import assemble, code, config, families, teachers
 from cluster.setup.run import Run
-from cluster.training.dispatch import Dispatcher
-from cluster.training.evaluation import judge
+from cluster.setup.tables import Table, to_table
 from cluster.training.identity import digest
-from cluster.training.ledger import Ledger
-from envs.images.data_free import DataFree
-from learners.base import HasRates, Learner, Meta, Params
-from learners.objectives.supervised import NormMode
+from learners.base import Meta, Params
+
+log = logging.getLogger("metafleet")
 
 CONFIGURATION = "run.toml"
 
@@ -34,7 +26,7 @@ def configuration(directory: Place) -> Place:
     path = directory / CONFIGURATION
     if not path.exists():
         raise FileNotFoundError(
-            f"{directory} has no {CONFIGURATION}: not a run directory, or one of a run made in Python"
+            f"{directory} has no {CONFIGURATION}: not a run directory, or one that a Driver of one's own made"
         )
     return path
 
@@ -47,14 +39,36 @@ class Begun:
     state: State
 
 
-def begun(directory: Place) -> Begun | None:
-    """What a directory holds; None where nothing has begun. Raises ValueError for a run that was made in Python."""
+def begun(directory: Place, like: Run) -> Begun | None:
+    """What a directory holds; None where nothing has begun. What `like` names or holds itself is trusted.
+
+    Raises ValueError for a run of Driver's own.
+    """
     state = Checkpoints(directory / "checkpoints").newest()
     if state is None:
         return None
     if not (directory / CONFIGURATION).exists():
-        raise ValueError(f"{directory} holds a run that was made in Python: another directory is wanted for this one")
-    return Begun(config.load(str(directory / CONFIGURATION)), state)
+        raise ValueError(
+            f"{directory} holds a run that a Driver of one's own made: another directory is wanted for this one"
+        )
+    return Begun(run_of(directory, like=like), state)
+
+
+def run_of(directory: Place, *, trust: bool = False, like: Run | None = None, overrides: dict[str, str] | None = None,
+           changes: Table | None = None) -> Run:  # fmt: skip
+    """The run of a directory, with other choices and keys where they are given.
+
+    Code that it names and that is not ours is imported where `trust` says so, or `like`, a run that its user has named
+    or made, names it too; else PermissionError.
+    """
+    path = configuration(directory)
+    if not trust:
+        known = set(code.foreign(to_table(like)).values()) if like else set()
+        code.check_trusted(config.read(str(path)), directory, known)
+    run = config.load(str(path), overrides, changes, like)
+    for name in code.changed(config.note(path, "code"), code.fingerprints(to_table(run))):
+        log.warning("%s: the source of %s has changed since this run began", directory, name)
+    return run
 
 
 def chosen(directory: Place, checkpoint: str) -> State:
@@ -78,7 +92,7 @@ def beginning(run: Run, params: Params) -> Meta | None:
     """
     if not run.init_from:
         return None
-    meta = chosen(place(run.init_from), run.evaluation.checkpoint).used
+    meta = _found(place(run.init_from), run.evaluation.checkpoint)
     wrong = [k for k, v in params.items() if k not in meta.params or meta.params[k].shape != v.shape]
     if wrong:
         raise ValueError(
@@ -87,57 +101,19 @@ def beginning(run: Run, params: Params) -> Meta | None:
     return meta
 
 
-def evaluate(directory: Place, *, tasks: int = 0, steps: int | None = None, split: str = "test",
-             checkpoint: str = "newest", norms: tuple[NormMode, ...] = (), pool: str = "", workers: int = 0,
-             device: str = "", inner_lr: float | None = None, eps: float | None = None) -> tuple[Run,
-             Results]:  # fmt: skip
-    """Adaptation curves of a run's θ, and its accuracy under attacks of `eps`; what is not said is as in the run."""
-    run = config.load(str(configuration(directory)))
-    tasks, steps = tasks or run.evaluation.tasks, run.evaluation.steps if steps is None else steps
-    if pool not in ("", "local", "ray"):
-        raise ValueError(f"pool={pool!r} is not one of local, ray")
-    how = run.evaluation.robustness if eps is None else replace(run.evaluation.robustness, eps=eps)
-    evaluation = replace(run.evaluation, tasks=tasks, steps=steps, norms=norms or run.evaluation.norms, robustness=how)
-    workers = workers or run.workers
-    run = replace(
-        run,
-        workers=workers,
-        min_workers=min(workers, run.min_workers),
-        evaluation=evaluation,
-        device=device or run.device,
-    )
-    run = run if inner_lr is None else replace(run, learner=_at_rate(run.learner, inner_lr))
-    run = replace(run, pool=cast(Literal["ray", "local"], pool)) if pool else run
-    if split == "train" and isinstance(run.task, DataFree):
-        raise ValueError(
-            "split='train': the training episodes of a data-free run are cut from invented images; validation or test "
-            "wanted"
-        )
-    state = chosen(directory, checkpoint)
-    run.task.prepare()
-    parts, _ = assemble.recipe(run)
-    with assemble.pool(run, parts) as fleet:
-        dispatcher = Dispatcher(fleet, Ledger(Unwritten()), max_attempts=run.policy.max_attempts)
-        return run, judge(parts, dispatcher, state, split, tasks, run.shard)
+def _found(at: Place, checkpoint: str) -> Meta:
+    """θ of a run directory; or of a file, one of `metafleet export` or anyone's state dict."""
+    if at.suffix in (".safetensors", ".pt", ".pth"):
+        return Meta(teachers.tensors(read(at), at), {})
+    return chosen(at, checkpoint).used
 
 
-def _at_rate(learner: Learner, inner_lr: float) -> Learner:
-    """The learner with another inner rate, and a later one in proportion."""
-    if not hasattr(learner, "inner_lr") or isinstance(learner, HasRates):
-        raise ValueError(f"inner_lr={inner_lr}: {type(learner).__name__} has no such rate to set")
-    if getattr(learner, "later_lr", 0.0) and learner.inner_lr:
-        later = learner.later_lr * inner_lr / learner.inner_lr  # type: ignore[attr-defined]
-        learner = replace(learner, later_lr=later)  # type: ignore[type-var]
-    found: Learner = replace(learner, inner_lr=inner_lr)  # type: ignore[type-var]
-    return found
-
-
-def replay(directory: Place) -> str:
+def replay(directory: Place, *, trust: bool = False) -> str:
     """Re-create a run step by step from its journal; a sentence on how it ended. RuntimeError where the bits differ."""
     from rich.progress import track
 
-    run = config.load(str(configuration(directory)))
-    run.task.prepare()
+    run = run_of(directory, trust=trust)
+    families.prepare(run.task)
     parts, params = assemble.recipe(run)
     set_up_torch(run.threads, run.device, run.deterministic)
     applied = steps(directory / "journal")
@@ -169,35 +145,3 @@ def export(directory: Place, out: Place, checkpoint: str) -> list[str]:
     make_folder(out.parent)
     write_atomically(out, save(tensors, {"metafleet": text, "iteration": str(state.iteration)}))
     return list(tensors)
-
-
-def status(directory: Place) -> Table:
-    """status.json as a table; says where a run that claims to be running has fallen silent."""
-    path = directory / "status.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{directory} has no status.json: not a run directory, or one that has not begun")
-    content: dict[str, Any] = json.loads(path.read_text())
-    age = time.time() - content["updated"]
-    state = content["state"] + (f" (but silent for {age:.0f} s)" if content["state"] == "running" and age > 60 else "")
-    table = Table(title=str(directory), show_header=False)
-    rows: dict[str, object] = {
-        "state": state,
-        "iteration": f"{content['iteration']} of {content['iterations']}",
-        "time left": f"{content['eta_s']:.0f} s" if content["state"] == "running" else "",
-        "driver": f"process {content['pid']} on {content['host']}, attempt {content['attempt']}",
-        "updated": f"{age:.0f} s ago",
-        "workers": ", ".join(f"{name} ({where})" for name, where in content["workers"].items()),
-        "nodes": ", ".join(content["nodes"].values()),
-        "tickets": ", ".join(f"{v} {k}" for k, v in content["counts"].items() if v),
-        "best on validation": ", ".join(f"{k} {v:g}" for k, v in content["best"].items()),
-    }
-    metrics = {k: f"{v:.5g}" for k, v in content["metrics"].items()}
-    for key, value in (rows | metrics).items():
-        if value != "":
-            table.add_row(key, str(value))
-    return table
-
-
-def is_running(directory: Place) -> bool:
-    """Whether a run says that it goes on."""
-    return bool(json.loads((directory / "status.json").read_text())["state"] == "running")

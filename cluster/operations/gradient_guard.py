@@ -51,9 +51,7 @@ def check(run: Run) -> Verdict:
         )
     run, _ = resolved(replace(run, precision="float64", device="cpu", pool="local"))
     parts, _ = assemble.recipe(run)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        model = functional(smooth(run.model.build(run.task.inputs, run.task.outputs)).double())
+    model = functional(smooth(run.build()).double())
     objective, of = _smoothed(parts.objective, model)
     learner, how = _checkable(run.learner)
     parts = replace(parts, learner=learner, objective=objective)

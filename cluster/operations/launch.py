@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.fleet.machine import environment, set_up_torch
-from cluster.operations.existing_run import CONFIGURATION, Begun, beginning, begun, configuration
+from cluster.operations.existing_run import CONFIGURATION, Begun, beginning, begun, run_of
 from cluster.record.lease import Lease
 from cluster.record.storage import Place, make_folder, write_atomically
 from cluster.results import monitor
 from cluster.results.report import RESULTS
-from cluster.setup import assemble, config, equal_budget, resolve
+from cluster.setup import assemble, code, config, equal_budget, families, resolve
 from cluster.setup.run import Run
 from cluster.setup.tables import flat, to_table
 from cluster.training.driver import Driver
@@ -28,18 +29,21 @@ def new_directory(label: str) -> Path:
     return Path("runs") / f"{label}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def train(run: Run, directory: Place, *, take_over: bool = False) -> None:
+def train(run: Run, directory: Place, *, take_over: bool = False, allow_changed_code: bool = False) -> None:
     """Train `run` in `directory`, or go on with it there.
 
-    The first SIGINT or SIGTERM stops it after a checkpoint (KeyboardInterrupt with the signal's number), the second
-    ends the process.
+    `take_over`: from a driver that still seems alive. `allow_changed_code`: go on although what the run names outside
+    of Metafleet is another source than when it began. The first SIGINT or SIGTERM stops it after a checkpoint
+    (KeyboardInterrupt with the signal's number), the second ends the process.
     """
     monitor.plain_logging()
     make_folder(directory)
     received: list[int] = []
     try:
         with Lease(directory).held(take_over) as lease:
-            earlier = begun(directory)
+            earlier = begun(directory, run)
+            if earlier and not allow_changed_code:
+                _check_code(run, directory)
             run = prepared(run, directory, earlier)
             parts, params = assemble.recipe(run)
             # signals last: joining Ray sets handlers of its own
@@ -81,7 +85,7 @@ def _finished(run: Run, directory: Place) -> bool:
     """Whether there are results of all its iterations. Raises ValueError where they are of another run."""
     if not (directory / RESULTS).exists():
         return False
-    old = config.load(str(configuration(directory)))
+    old = run_of(directory, like=run)
     resolve.resolved(run, old)
     return old.iterations == run.iterations
 
@@ -95,12 +99,23 @@ def prepared(run: Run, directory: Place, earlier: Begun | None) -> Run:
     run, why = resolve.resolved(run, earlier.run if earlier else None)
     if earlier:
         _check_continues(run, earlier, directory)
-        run.task.prepare()
+        families.prepare(run.task)
     monitor.log.info("%s", why)
     if idle := resolve.idle_workers(run):
         monitor.log.warning("%s; a new run could have %s", *idle)
-    write_atomically(directory / CONFIGURATION, config.to_toml(run, {"environment": environment()}).encode())
+    notes = {"environment": environment(), "code": code.fingerprints(to_table(run))}
+    write_atomically(directory / CONFIGURATION, config.to_toml(run, {k: v for k, v in notes.items() if v}).encode())
     return run
+
+
+def _check_code(run: Run, directory: Place) -> None:
+    """Raise ValueError where code that the run names is not what it was."""
+    before = config.note(directory / CONFIGURATION, "code")
+    for name in code.changed(before, code.fingerprints(to_table(run))):
+        raise ValueError(
+            f"the source of {name} is not what it was when the run in {directory} began: --allow-changed-code goes on "
+            "with it as it is now; use another directory for another run"
+        )
 
 
 def _check_continues(run: Run, earlier: Begun, directory: Place) -> None:
@@ -134,6 +149,9 @@ def _signals(received: list[int]) -> Iterator[None]:
         received.append(number)
         monitor.log.warning("stopping after a checkpoint; once more to stop at once")
 
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in that one only
+        yield
+        return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

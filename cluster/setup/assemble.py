@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from cluster.fleet.pool import LocalPool, Pool
 from cluster.fleet.recipe import Recipe
 from cluster.setup import data_free
-from cluster.setup.run import Run
+from cluster.setup.run import ObjectiveKeys, Run
 from envs.images.data_free import DataFree
 from learners.algorithms.linear_probe import LinearProbe
 from learners.algorithms.proto_maml import ProtoMAML
@@ -45,7 +45,9 @@ def recipe(run: Run) -> tuple[Recipe, Params]:
 
 
 def _objective(run: Run, network: Functional) -> Objective:
-    if run.task.kind == "control":
+    if not isinstance(run.objective, ObjectiveKeys):
+        return run.objective
+    if run.kind == "control":
         if not isinstance(run.task, Rollouts):
             raise TypeError(f"{type(run.task).__name__} is of kind control, but has no method rollout")
         if not isinstance(network.module, Gaussian):
@@ -59,7 +61,8 @@ def _objective(run: Run, network: Functional) -> Objective:
         return Control(network, run.task, keys.inner_loss, keys.discount, keys.gae, keys.exploration)
     return Supervised(
         network,
-        loss=run.objective.loss_for(run.task.kind),
+        loss=run.objective.loss_for(run.kind),
+        measures=run.objective.measured(),
         norm=run.objective.norm,
         scale=run.objective.scale,
         report=run.evaluation.norms,
@@ -75,14 +78,14 @@ def _check_attacks(run: Run) -> None:
     own = getattr(run.learner, "attack", None)
     if eps and isinstance(run.task, DataFree):
         raise ValueError(f"eps={eps}: attacks are in pixels, and the images of data-free runs are normalised")
-    if run.task.kind == "control":
+    if run.kind == "control":
         if eps:
             raise ValueError(
                 f"evaluation.robustness.eps={eps}: attacks are on the inputs of examples, and RL tasks have none"
             )
         if own is not None or isinstance(run.learner, DataFreeMAML | ProtoNet | ProtoMAML | LinearProbe):
             raise ValueError(f"{name} wants labelled examples, and RL tasks have none")
-    elif run.task.kind == "regression":
+    elif run.kind == "regression":
         for key, attack in (
             ("learner.attack", own),
             ("evaluation.robustness", run.evaluation.robustness if eps else None),

@@ -15,14 +15,17 @@ PRESETS = Path(__file__).parent / "presets"
 VARIANTS = "runs"
 """Table of a TOML file that makes it a comparison of several runs (`setup.equal_budget`)."""
 
-NOTES = ("description", "reference", "extends", "environment")
+NOTES = ("description", "reference", "extends", "environment", "code")
 """Keys of a TOML file that say something about the run, and are not configuration."""
 RENAMED = {"dtype": "precision"}
 """Keys of older files, and what they are called now."""
 
 
-def load(name: str, overrides: dict[str, str] | None = None) -> Run:
-    """The run of a preset's name or a TOML file's path; `overrides` are "learner.name": "reptile" and the like.
+def load(
+    name: str, overrides: dict[str, str] | None = None, changes: Table | None = None, given: Run | None = None
+) -> Run:
+    """The run of a preset's name or a TOML file's path; `overrides` are "learner.name": "reptile" and the like,
+    `changes` other keys. `given`: a run whose objects of Python the file only describes.
 
     Raises ValueError for unknown names and keys, naming the nearest known one.
     """
@@ -31,7 +34,7 @@ def load(name: str, overrides: dict[str, str] | None = None) -> Run:
         raise ValueError(f"RUN={name!r} is a comparison of {len(table[VARIANTS])} runs: metafleet compare {name}")
     for path, choice in (overrides or {}).items():
         choose(table, path.split("."), choice)
-    run: Run = from_table(Run, table)
+    run: Run = from_table(Run, merged(table, changes or {}), given=given)
     return run
 
 
@@ -54,6 +57,12 @@ def read(name: str, extending: tuple[Place, ...] = ()) -> Table:
     for note in NOTES:
         table.pop(note, None)
     return table
+
+
+def note(path: Place, key: str) -> Table:
+    """One of the tables of a file that are not configuration; {} where it has none."""
+    found = tomllib.loads(path.read_text()).get(key, {})
+    return found if isinstance(found, dict) else {}
 
 
 def find(name: str, folder: Place = Path()) -> Place:

@@ -63,7 +63,7 @@ def spent(run: Run, what: str) -> int:
     """Passes over a support or query set ("passes"), or time steps of tasks ("env_steps"), of one meta-iteration."""
     if what == "passes":
         return run.meta_batch * run.learner.passes()
-    if run.task.kind != "control":
+    if run.kind != "control":
         raise ValueError(f"env_steps: {type(run.task).__name__} has none; passes wanted")
     per_step: int = run.task.rollouts * run.task.horizon  # type: ignore[attr-defined]
     return run.meta_batch * (training_steps(run.learner) + 1) * per_step

@@ -21,9 +21,7 @@ def listing() -> list[Table]:
     parts.add_column("key", no_wrap=True)
     parts.add_column("name", no_wrap=True)
     parts.add_column("what it is")
-    keys = {"task": catalog.TASKS, "task.source": catalog.SOURCES, "model": catalog.MODELS, "learner": catalog.LEARNERS,
-            "outer": catalog.OUTERS, "policy": catalog.POLICIES}  # fmt: skip
-    for key, choices in keys.items():
+    for key, choices in catalog.KEYS.items():
         for name, cls in choices.items():
             parts.add_row(key, name, (cls.__doc__ or "").strip().splitlines()[0])
     return [runs, parts]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from cluster.fleet import seeds
-from cluster.setup import data_free
+from cluster.setup import data_free, families
 from cluster.setup.run import Run
 from cluster.setup.tables import flat, to_table
 from cluster.training.synchronous import Synchronous
@@ -32,7 +32,7 @@ def resolved(run: Run, before: Run | None = None) -> tuple[Run, str]:
     not either. Raises ValueError where the run that began was another one.
     """
     if before is None:
-        run.task.prepare()
+        families.prepare(run.task)
     if getattr(run.outer, "horizon", None) == 0:
         horizon = getattr(before.outer, "horizon", 0) if before else run.iterations
         run = replace(run, outer=replace(run.outer, horizon=horizon))  # type: ignore[type-var]
@@ -52,7 +52,7 @@ def _executed(run: Run) -> tuple[Run, str]:
         return run, f"execution = {run.execution}, as the run says"
     if run.gradient_checkpointing:
         return replace(run, execution="loop"), "execution = loop: gradient checkpointing is for a loop over tasks"
-    if run.task.kind == "control":
+    if run.kind == "control":
         return replace(run, execution="loop"), "execution = loop: a policy's batch is large enough by itself"
     if isinstance(run.task, DataFree):
         return replace(run, execution="loop"), "execution = loop: teachers differ from each other"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import nn
 
 from cluster.fleet.wire import Compression
 from cluster.record.checkpoint import Checkpointing
+from cluster.setup import families
+from cluster.setup.families import Kind
 from cluster.training.evaluation import Evaluation
 from cluster.training.policy import Policy
 from cluster.training.synchronous import Synchronous
@@ -16,9 +21,10 @@ from envs.base import TaskFamily
 from envs.sinusoid import Sinusoid
 from learners.algorithms.maml import MAML
 from learners.base import Learner, Outer
+from learners.importing import imported, is_path
 from learners.models.networks import MLP, ModelSpec
 from learners.modules.functional import Functional, functional
-from learners.objectives.losses import CrossEntropy
+from learners.objectives.losses import LOSSES, CrossEntropy
 from learners.objectives.measures import Measure
 from learners.objectives.policy_gradient import InnerLoss
 from learners.objectives.supervised import NormMode
@@ -29,9 +35,13 @@ from learners.outer.descent import Descent
 class ObjectiveKeys:
     """The supervised objective."""
 
-    loss: Literal["auto", "mse", "l1", "huber", "gaussian_nll", "cross_entropy", "binary_cross_entropy"] = "auto"
-    """What is descended; auto: the cross-entropy of classes, the squared error of numbers. With gaussian_nll the model
-    has a log variance beside each output."""
+    loss: str = "auto"
+    """What is descended: mse, l1, huber, gaussian_nll (the model has a log variance beside each output), cross_entropy,
+    binary_cross_entropy, or package.module:function of (output, target); auto: the cross-entropy of classes, the
+    squared error of numbers."""
+    measures: tuple[str, ...] = ()
+    """What evaluation reports beside the loss: each package.module:function of (output, target), the first of which
+    chooses the best θ; (): what goes with the loss."""
     label_smoothing: float = 0.0
     """Of the cross-entropy: this much of every target is spread over all classes."""
     class_weights: tuple[float, ...] = ()
@@ -44,6 +54,15 @@ class ObjectiveKeys:
     """With norm = "frozen": rate at which the carried statistics follow the tasks'."""
 
     def __post_init__(self) -> None:
+        if self.loss not in ("auto", *LOSSES) and not is_path(self.loss):
+            known = ["auto", *LOSSES]
+            near = difflib.get_close_matches(self.loss, known, 1)
+            raise ValueError(
+                f"loss={self.loss!r} is not one of {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
+            )
+        for name in self.measures:
+            if not is_path(name):
+                raise ValueError(f"measures={name!r}: package.module:function wanted")
         if (self.label_smoothing or self.class_weights) and self.loss not in ("auto", "cross_entropy"):
             raise ValueError(f"label_smoothing and class_weights are of the cross-entropy, not of loss={self.loss!r}")
         CrossEntropy(self.label_smoothing, self.class_weights)
@@ -55,7 +74,13 @@ class ObjectiveKeys:
             if name != "cross_entropy":
                 raise ValueError("label_smoothing and class_weights are of the cross-entropy, and tasks have numbers")
             return CrossEntropy(self.label_smoothing, self.class_weights)
-        return name
+        loss: Measure | str = imported(name, "objective.loss") if is_path(name) else name
+        return loss
+
+    def measured(self) -> dict[str, Measure] | None:
+        """The measures by name, `accuracy` for metrics:accuracy; None for those that go with the loss."""
+        found = {name.rpartition(":")[2]: imported(name, "objective.measures") for name in self.measures}
+        return found or None
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,11 @@ class ControlKeys:
 
 @dataclass(frozen=True)
 class Run:
-    """One meta-training run."""
+    """One meta-training run.
+
+    From Python `task` may be anything with `sample`, `model` a torch module (or `functional(module)`), and `objective`
+    a `Supervised` of one's own.
+    """
 
     task: TaskFamily = field(default_factory=Sinusoid)
     """What there is to learn."""
@@ -104,9 +133,10 @@ class Run:
     seed: int = 0
     """Seed of the initial θ and of the training tasks."""
     init_from: str = ""
-    """Begin with the θ of the run in this directory (or URL); empty: with the model's initialisation."""
+    """Begin with the θ of the run in this directory (or URL), or of a file .safetensors or .pt; empty: with the model's
+    initialisation."""
     iterations: int = 1000
-    """Meta-iterations (outer steps)."""
+    """Meta-iterations (outer steps); 0: only evaluate."""
     meta_batch: int = 4
     """Tasks per meta-iteration; a multiple of `shard`."""
     shard: int = 1
@@ -152,7 +182,9 @@ class Run:
     """Accept workers whose versions or processors differ: results then depend on who computed what."""
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "meta_batch", "shard", "workers", "threads"):
+        if self.iterations < 0:
+            raise ValueError(f"iterations={self.iterations}: 0 or more wanted")
+        for name in ("meta_batch", "shard", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 wanted")
         self.policy.check(self.outer)
@@ -174,14 +206,30 @@ class Run:
                 "share like 0.5 will do"
             )
 
-    def network(self) -> Functional:
-        """The model, initialised from the run's seed."""
+    @property
+    def kind(self) -> Kind:
+        """What the tasks' targets are."""
+        return families.kind(self.task)
+
+    def build(self) -> nn.Module:
+        """The model as a torch module, initialised from the run's seed; a module of Python's as it is."""
+        if isinstance(self.model, Functional):
+            return copy.deepcopy(self.model.module)
+        if isinstance(self.model, nn.Module):
+            return copy.deepcopy(self.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            outputs = self.task.outputs * (2 if self.objective.loss == "gaussian_nll" else 1)
-            module, example = self.model.build(self.task.inputs, outputs), torch.zeros(2, *self.task.inputs)
-            half = self.precision if self.precision == "bfloat16" or self.precision == "bfloat16-mixed" else "full"
-            return functional(module, example, precision=half)
+            twice = isinstance(self.objective, ObjectiveKeys) and self.objective.loss == "gaussian_nll"
+            return self.model.build(families.inputs(self.task), families.outputs(self.task) * (2 if twice else 1))
+
+    def network(self) -> Functional:
+        """The same as a function of its parameters."""
+        if isinstance(self.model, Functional):
+            return self.model
+        half = self.precision if self.precision == "bfloat16" or self.precision == "bfloat16-mixed" else "full"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return functional(self.build(), torch.zeros(2, *families.inputs(self.task)), precision=half)
 
     @property
     def dtype(self) -> Literal["float32", "float64"]:

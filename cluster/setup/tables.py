@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import typing
 from typing import Any, TypeAlias
 
 import pydantic
 
-from cluster.setup.catalog import CHOICES
+from cluster.setup.catalog import CHOICES, Choices
+from learners.importing import imported, is_path
 
 Table: TypeAlias = dict[str, Any]
 
 
-def from_table(cls: Any, table: Table, path: str = "") -> Any:
-    """A dataclass from a table. Raises ValueError with the full key for whatever does not fit."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}
+OBJECT = "object"
+"""Key of the table that stands for an object made in Python, which no import path and no keys describe."""
+
+
+def from_table(cls: Any, table: Table, path: str = "", given: Any = None) -> Any:
+    """A dataclass from a table; `given`: one whose objects stand where the table has only their description.
+
+    Raises ValueError with the full key for whatever does not fit.
+    """
+    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    declared = fields(cls)
     for key in table:
-        if key not in fields:
-            raise ValueError(f"unknown key {path}{key}{nearest(key, sorted(fields), path)}")
-    values = {key: _value(hints[key], value, f"{path}{key}") for key, value in table.items()}
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        if key not in {f.name for f in declared}:
+            raise ValueError(f"unknown key {path}{key}{nearest(key, sorted(f.name for f in declared), path)}")
+    values = {key: _value(hints[key], value, f"{path}{key}", getattr(given, key, None)) for key, value in table.items()}
+    required = [f.name for f in declared if f.default is f.default_factory is dataclasses.MISSING]
     for name in required:
         if name not in values:
             raise ValueError(f"{path}{name} is missing")
@@ -32,26 +41,42 @@ def from_table(cls: Any, table: Table, path: str = "") -> Any:
         raise ValueError(f"{path}{error}") from error
 
 
-def _value(hint: Any, value: Any, path: str) -> Any:
+def _value(hint: Any, value: Any, path: str, given: Any) -> Any:
+    if isinstance(value, dict) and OBJECT in value:
+        if given is None:
+            raise ValueError(
+                f"{path} was an object of Python ({value[OBJECT]}), which no import path names: from Python, with it, "
+                "metafleet.load(directory, run) opens this run and metafleet.launch(run, directory) goes on with it"
+            )
+        return given
     choices = CHOICES.get(getattr(hint, "__name__", ""))
     if choices is not None or dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ValueError(f"{path}={value!r}: a table wanted")
         rest = dict(value)
         if choices is not None:
-            name = rest.pop("name", None)
-            if name not in choices:
-                raise ValueError(
-                    f"{path}.name={name!r} is not one of {', '.join(choices)}{nearest(str(name), list(choices))}"
-                )
-            hint = choices[name]
-        return from_table(hint, rest, f"{path}.")
+            hint = chosen(choices, rest.pop("name", None), f"{path}.")
+        return from_table(hint, rest, f"{path}.", given)
     if rows_of(hint) is not None:
         return from_rows(hint, value, path)
     try:
         return pydantic.TypeAdapter(hint, config={"allow_inf_nan": True}).validate_python(value)
     except pydantic.ValidationError as error:
         raise ValueError(f"{path}={value!r}: {error.errors()[0]['msg'].replace('Input should', 'should')}") from error
+
+
+def chosen(choices: Choices, name: object, path: str) -> type[Any]:
+    """The class that a `name` chooses. Raises ValueError, beginning with `path`, where it chooses none."""
+    if name not in choices:
+        known = list(choices)
+        raise ValueError(
+            f"{path}name={name!r} is not one of {', '.join(known)}"
+            f"{nearest(str(name), known) or ', nor package.module:Class'}"
+        )
+    try:
+        return choices[str(name)]
+    except ValueError as error:
+        raise ValueError(f"{path}{error}") from error
 
 
 def from_rows(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
@@ -69,23 +94,62 @@ def rows_of(hint: Any) -> Any:
 
 def to_table(config: Any) -> Table:
     """The table that `from_table` reads back; every key is there, names of choices included."""
-    table: Table = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            table[f.name] = named(value)
-        else:
-            rows = list(value) if isinstance(value, tuple) else value
-            many = isinstance(rows, list) and any(map(dataclasses.is_dataclass, rows))
-            table[f.name] = [to_table(row) for row in rows] if many else rows
-    return table
+    hints = typing.get_type_hints(type(config)) if fields(type(config)) else {}
+    return {
+        f.name: _told(CHOICES.get(getattr(hints[f.name], "__name__", "")), hints[f.name], getattr(config, f.name))
+        for f in fields(type(config))
+    }
 
 
-def named(config: Any) -> Table:
-    """The same, with the `name` of the choice that it is, if it is one."""
-    names = {c: n for choices in CHOICES.values() for n, c in choices.items()}
-    name = {"name": names[type(config)]} if type(config) in names else {}
-    return name | to_table(config)
+def _told(choices: Choices | None, hint: Any, value: Any) -> Any:
+    if choices is not None:
+        return named(choices, value)
+    if dataclasses.is_dataclass(hint) and type(value) is not hint:
+        return _object(value)
+    if dataclasses.is_dataclass(value):
+        return to_table(value)
+    rows = list(value) if isinstance(value, tuple) else value
+    many = isinstance(rows, list) and any(map(dataclasses.is_dataclass, rows))
+    return [to_table(row) for row in rows] if many else rows
+
+
+def named(choices: Choices, value: Any) -> Table:
+    """The table of a value that stands where one of `choices` is wanted, with the `name` that chooses its class; of one
+    that could not be made from it again a description.
+    """
+    cls = type(value)
+    stateless = not dataclasses.is_dataclass(cls) and not getattr(value, "__dict__", {"": 0})
+    if not (stateless or dataclasses.is_dataclass(cls)) or not can_be_imported(cls):
+        return _object(value)
+    table = to_table(value)
+    return {"name": choices.name_of(cls)} | table if _plain(table) else _object(value)
+
+
+def can_be_imported(made: Any) -> bool:
+    """Whether another process finds a class or function where it says it is."""
+    module, name = getattr(made, "__module__", "__main__"), getattr(made, "__qualname__", "")
+    return module != "__main__" and getattr(sys.modules.get(module), name, None) is made
+
+
+def _object(value: Any) -> Table:
+    return {OBJECT: f"{type(value).__module__}:{type(value).__qualname__}"}
+
+
+def _plain(value: Any) -> bool:
+    """Whether TOML can hold it."""
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    return all(map(_plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int | float)
+
+
+def is_choice(cls: Any, key: str) -> bool:
+    """Whether a key of a class chooses among others by `name`."""
+    return getattr(typing.get_type_hints(cls)[key], "__name__", "") in CHOICES
+
+
+def fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The keys of a class; () of one that is no dataclass."""
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
 def flat(table: Table, path: str = "") -> dict[str, Any]:
@@ -101,9 +165,10 @@ def choose(table: Table, path: list[str], choice: str) -> None:
     for key in path[:-1]:
         table = table.setdefault(key, {})
     if table.get("name") != choice:
-        known = {
-            f.name for choices in CHOICES.values() if choice in choices for f in dataclasses.fields(choices[choice])
-        }
+        kinds = [choices for choices in CHOICES.values() if choice in choices.ours or choice in choices.paths]
+        known = {f.name for choices in kinds for f in fields(choices[choice])}
+        if is_path(choice):
+            known = {f.name for f in fields(imported(choice, ".".join(path)))}
         kept = {k: v for k, v in table.items() if isinstance(v, dict) and k in known}
         table.clear()
         table.update(kept)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from cluster.record.storage import write_atomically
+from cluster.record.storage import Place, write_atomically
 from cluster.setup.catalog import MODELS
 from cluster.setup.tables import from_table, named
 from learners.base import Params
@@ -78,7 +78,7 @@ def imported(description: Path, folder: Path) -> list[str]:
         path = description.parent / str(entry.get("file", ""))
         if not path.is_file():
             raise ValueError(f"{path} is not a file")
-        state = _fitting(_tensors(path.read_bytes(), path), model, str(path))
+        state = _fitting(tensors(path.read_bytes(), path), model, str(path))
         entries.append(written(folder, i, spec, state) | {k: entry[k] for k in ("accuracy", "classes") if k in entry})
     write_index(folder, shape, ways, mean, std, entries)
     return [e["architecture"]["name"] for e in entries]
@@ -98,7 +98,7 @@ def load(folder: Path) -> TeacherPool:
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
             raise ValueError(f"{where}: {path} is missing or not the file that was written (its checksum differs)")
-        teachers.append(Teacher(model, _fitting(_tensors(content, path), model, str(path)), ways))
+        teachers.append(Teacher(model, _fitting(tensors(content, path), model, str(path)), ways))
         specs.append(spec)
         accuracy.append(float(entry.get("accuracy", "nan")))
         names += _class_names(entry, ways, where)
@@ -154,7 +154,8 @@ def _imports(spec: Any) -> bool:
     return isinstance(spec, Constructor) or any(_imports(v) for v in inner if dataclasses.is_dataclass(v))
 
 
-def _tensors(content: bytes, path: Path) -> Params:
+def tensors(content: bytes, path: Place) -> Params:
+    """The tensors of a file, .safetensors or a state dict saved by torch. Raises ValueError for anything else."""
     try:
         if path.suffix == ".safetensors":
             return load_tensors(content)
@@ -204,7 +205,7 @@ def written(folder: Path, number: int, spec: ModelSpec, state: Params) -> dict[s
     name = f"{number:03d}.safetensors"
     content = save_tensors({k: v.contiguous() for k, v in state.items()})
     write_atomically(folder / name, content)
-    return {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "architecture": named(spec)}
+    return {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "architecture": named(MODELS, spec)}
 
 
 def write_index(folder: Path, shape: tuple[int, ...], ways: int, mean: tuple[float, ...], std: tuple[float, ...],

@@ -83,6 +83,9 @@ class DataFree(Episodes):
         mean, std = (np.asarray(v)[:, None, None] for v in (self.mean, self.std))
         return np.asarray(np.clip(std * images + mean, 0, 1))  # there and back is off by a rounding
 
+    def from_pixels(self, images: Array) -> Array:
+        return _normalised(images, self.mean, self.std) if self.mean else images
+
     def _rows(self, rng: np.random.Generator) -> Arrays:
         """Which images of D, flattened over teachers, classes and images."""
         total = self.teachers * self.teacher_ways

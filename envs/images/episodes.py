@@ -174,10 +174,14 @@ class Episodes:
                 (axes[label, 1 + i], task["query_x"][row], "green" if guesses[row] == label else "red")
                 for i, row in enumerate(rows)
             ]:
-                _show(axis, self.pixels(image), color)
+                show(axis, self.pixels(image), color)
 
     def pixels(self, images: Array) -> Array:
         """Images [..., c, h, w] in the units of a task's as pixels in [0, 1], to be looked at."""
+        return images
+
+    def from_pixels(self, images: Array) -> Array:
+        """The other way: pixels as a task has them."""
         return images
 
 
@@ -206,12 +210,15 @@ def beside(
             if guesses is None:
                 axis.imshow(images[i].mean(0), cmap="bwr", vmin=-limit, vmax=limit)
             else:
-                _show(axis, images[i], "green" if guesses[i] == truth[i] else "red")
+                show(axis, images[i], "green" if guesses[i] == truth[i] else "red")
             axis.set(xticks=[], yticks=[])
     return figure
 
 
-def _show(axis: Axes, image: Array, color: str) -> None:
+def show(axis: Axes, image: Array, color: str, title: str = "") -> None:
+    """Draw an image [c, h, w] in a frame of a color, the title in that color too."""
+    axis.set_axis_on()
+    axis.set_title(title, fontsize=10, color=color)
     axis.imshow(image.squeeze(0) if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
     axis.set(xticks=[], yticks=[])
     for edge in axis.spines.values():

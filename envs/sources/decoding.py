@@ -100,6 +100,25 @@ def pixels(file: File, content: bytes, size: int, background: Color) -> NDArray[
     raise ValueError(f"{file} has pixels of mode {mode}: 8 or 16 bits per channel wanted")
 
 
+def ink(file: File, size: int) -> NDArray[np.uint8]:
+    """[1, size, size] uint8 of a drawing, dark on light paper: 255 is ink."""
+    return 255 - grey(pixels(file, read(file), size, WHITE))
+
+
+def grey(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[1, height, width] of [3, height, width], by Pillow's weights."""
+    return np.asarray(Image.fromarray(rgb.transpose(1, 2, 0)).convert("L"))[None]
+
+
+def like(file: File, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An image file as bytes [channels, height, width]; raises ValueError for a shape that no rule leads to."""
+    channels, height, width = shape
+    if channels not in (1, 3) or height != width:
+        raise ValueError(f"{file}: no rule makes an image of shape {shape} of a file; .npz wanted")
+    rgb = pixels(file, read(file), height, WHITE)
+    return rgb if channels == 3 else grey(rgb)
+
+
 def flat(image: Image.Image, size: int, background: Color) -> NDArray[np.uint8]:
     """An image as [3, size, size] bytes on a background, resized by Lanczos."""
     resized = _flat(_bytes(image), background).resize((size, size), Image.Resampling.LANCZOS)

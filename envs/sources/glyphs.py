@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from envs import store
+from envs.sources import decoding
 from envs.store import Index, Kept
 
 CURVE = 60  # points along a stroke
@@ -39,6 +41,10 @@ class Glyphs(Kept):
 
     def prepare(self) -> None:
         store.write_once(self._name, VERSION, self._draw)
+
+    def decoded(self, file: Path) -> NDArray[np.uint8]:
+        """An image file, dark on light, as the set has its drawings."""
+        return decoding.ink(file, self.size)
 
     def _draw(self) -> tuple[NDArray[np.uint8], Index]:
         images = np.concatenate([self._character(i) for i in range(self.characters)])

@@ -77,6 +77,10 @@ class ImageFolder(Kept):
         for remark in remarks.read_text().splitlines() if remarks.exists() else ():
             log.warning("%s: %s", path, remark)
 
+    def decoded(self, file: Path) -> NDArray[np.uint8]:
+        """An image file as the set has its own."""
+        return decoding.pixels(file, decoding.read(file), self.size, self.background)
+
     def _decode(self, path: Path, fingerprint: str) -> tuple[NDArray[np.uint8], Index]:
         found = layouts.find(path, self.splits)
         census = Census()

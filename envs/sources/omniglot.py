@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from envs import store
+from envs.sources import decoding
 from envs.store import ImageSet, Index, Kept
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
@@ -63,6 +64,10 @@ class Omniglot(Kept):
             for archive in ARCHIVES:
                 self._given(archive)
         store.write_once(self._name, "1", self._decode)
+
+    def decoded(self, file: Path) -> NDArray[np.uint8]:
+        """An image file as the set has its drawings."""
+        return decoding.ink(file, self.size)
 
     def load(self) -> ImageSet:
         stored = super().load()

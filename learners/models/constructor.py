@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from learners.importing import imported, is_path, line
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Constructor:
             module = make(**keywords)
         except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
             said = ", ".join(f"{k}={v!r}" for k, v in keywords.items())
-            raise ValueError(f"target={self.target!r} called with {said}: {_line(error)}{_keywords(make)}") from error
+            raise ValueError(f"target={self.target!r} called with {said}: {line(error)}{_keywords(make)}") from error
         if not isinstance(module, nn.Module):
             raise ValueError(f"target={self.target!r} gives a {type(module).__name__}: an nn.Module wanted")
         return module
@@ -69,7 +69,7 @@ class Constructor:
                 return module.eval()(x)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             raise ValueError(
-                f"target={self.target!r} does not take the task's inputs of shape {tuple(x.shape[1:])}: {_line(error)}"
+                f"target={self.target!r} does not take the task's inputs of shape {tuple(x.shape[1:])}: {line(error)}"
             ) from error
         finally:
             for layer, mode in modes:
@@ -96,24 +96,9 @@ class Headed(nn.Module):
 def located(name: str) -> Callable[..., object]:
     """The class or function of a dotted name. Raises ValueError for one that is not there or not to be called."""
     parts = name.split(".")
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+    if not is_path(name) and (len(parts) < 2 or not all(part.isidentifier() for part in parts)):
         raise ValueError(f"target={name!r}: a dotted name like torchvision.models.resnet18 wanted")
-    try:
-        found = pkgutil.resolve_name(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"target={name!r}: there is no module {error.name}; install it, or name its folder in PYTHONPATH"
-        ) from error
-    except AttributeError as error:
-        near = difflib.get_close_matches(str(error.name), dir(error.obj), 1)
-        raise ValueError(
-            f"target={name!r}: there is no {error.name}{f'; did you mean {near[0]}?' if near else ''}"
-        ) from error
-    except (ImportError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"target={name!r}: {parts[0]} cannot be imported ({_line(error)}); a build of it for torch "
-            f"{torch.__version__} wanted"
-        ) from error
+    found = imported(name, "target")
     if not callable(found):
         raise ValueError(f"target={name!r} is a {type(found).__name__}: a class or function wanted")
     made: Callable[..., object] = found
@@ -127,7 +112,3 @@ def _keywords(make: Callable[..., object]) -> str:
     except ValueError:  # builtins may not say
         return ""
     return f" (its keywords: {', '.join(names)}; outputs, inputs name two of them)" if names else ""
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

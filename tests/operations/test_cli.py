@@ -202,9 +202,9 @@ def test_a_comparison_trains_its_runs_at_equal_budget_and_draws_them_once(
 def test_results_of_fewer_iterations_do_not_outlive_a_resume(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "r")
     run = config.load(str(tmp_path / "r" / "run.toml"))
-    launch.prepared(run, tmp_path / "r", begun(tmp_path / "r"))
+    launch.prepared(run, tmp_path / "r", begun(tmp_path / "r", run))
     assert (tmp_path / "r" / "evaluation.json").exists()
-    launch.prepared(replace(run, iterations=9), tmp_path / "r", begun(tmp_path / "r"))
+    launch.prepared(replace(run, iterations=9), tmp_path / "r", begun(tmp_path / "r", run))
     assert not (tmp_path / "r" / "evaluation.json").exists()
 
 

@@ -48,7 +48,7 @@ def test_a_missing_gpu_is_one_clear_sentence(tmp_path: Path, capsys: pytest.Capt
             ["train", "sinusoid", "--pool", "local", "--outer.groups", '[{match = "haed.*", lr = 0.1}]'],
             "groups: match='haed.*' matches none of the parameters; did you mean head.",
         ),
-        (["resume", "nowhere"], "nowhere has no run.toml: not a run directory, or one of a run made in Python"),
+        (["resume", "nowhere"], "nowhere has no run.toml: not a run directory, or one that a Driver of one's own made"),
         (["evaluate", "nowhere"], "nowhere has no run.toml"),
         (["status", "nowhere"], "nowhere has no status.json"),
         (["train", "navigation", "--evaluation.robustness.eps", "0.1"], "RL tasks have none"),
@@ -131,7 +131,7 @@ def test_a_run_made_in_python_is_not_taken_for_another(
     shutil.copytree(finished, tmp_path / "r")
     (tmp_path / "r" / "run.toml").unlink()
     text = refusal(capsys, "train", "sinusoid", "--dir", str(tmp_path / "r"), *TINY)
-    assert "holds a run that was made in Python" in text
+    assert "holds a run that a Driver of one's own made" in text
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_bits(

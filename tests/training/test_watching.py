@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.operations import existing_run
+from cluster.operations import status
 from cluster.training.asynchronous import Asynchronous
 from cluster.training.driver import Driver
 from cluster.training.evaluation import Evaluation
@@ -61,7 +61,7 @@ def test_an_asynchronous_run_shows_staleness_shares_queue_and_fleet(tmp_path: Pa
     assert "joined: local" in events.Tensors("fleet/text_summary")[0].tensor_proto.string_val[0].decode()
     assert any(line["kind"] == "fleet" and "joined: local" in line["event"] for line in lines)
 
-    table = existing_run.status(tmp_path)
+    table = status.status(tmp_path)
     rows = dict(zip(table.columns[0]._cells, table.columns[1]._cells, strict=True))
     assert rows["state"] == "finished"
     assert "26 applied" in rows["tickets"]  # two of them of test tasks

@@ -66,7 +66,8 @@ def run_of(directory: Place, *, trust: bool = False, like: Run | None = None, ov
         known = set(code.foreign(to_table(like)).values()) if like else set()
         code.check_trusted(config.read(str(path)), directory, known)
     run = config.load(str(path), overrides, changes, like)
-    for name in code.changed(config.note(path, "code"), code.fingerprints(to_table(run))):
+    changed = code.changed(config.note(path, "code"), code.fingerprints(to_table(run)))
+    for name in () if like else changed:  # whoever has `like` looks for himself
         log.warning("%s: the source of %s has changed since this run began", directory, name)
     return run
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from cluster.fleet.machine import environment, set_up_torch
 from cluster.operations.existing_run import CONFIGURATION, Begun, beginning, begun, run_of
+from cluster.operations.trained import Trained, load
 from cluster.record.lease import Lease
-from cluster.record.storage import Place, make_folder, write_atomically
+from cluster.record.storage import Place, make_folder, place, write_atomically
 from cluster.results import monitor
 from cluster.results.report import RESULTS
 from cluster.setup import assemble, code, config, equal_budget, families, resolve
@@ -27,6 +28,21 @@ from cluster.training.driver import Driver
 def new_directory(label: str) -> Path:
     """runs/LABEL-DATE-TIME."""
     return Path("runs") / f"{label}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def launch(run: Run, directory: str | Path | Place = "", *, take_over: bool = False,
+           allow_changed_code: bool = False) -> Trained:  # fmt: skip
+    """Train a run from Python, in `directory` (or URL; default runs/TASK-DATE-TIME), or go on with it there; what it
+    has learned.
+
+    What the run is made of is recorded there as by the command line, by import path where there is one, so that
+    `metafleet evaluate`, `compare`, `resume` and the others take the directory (with --trust). Of objects that no path
+    names, such as a torch module, only their class is recorded: `load(directory, run)` opens such a run, and the same
+    call of `launch` goes on with it. Further arguments, signals and errors: see `train` and `Driver.run`.
+    """
+    at = place(directory or new_directory(type(run.task).__name__.lower()))
+    train(run, at, take_over=take_over, allow_changed_code=allow_changed_code)
+    return load(at, run)
 
 
 def train(run: Run, directory: Place, *, take_over: bool = False, allow_changed_code: bool = False) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import os
 import sys
 import sysconfig
 from collections.abc import Collection, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,10 +67,7 @@ def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
 def _place(path: str) -> str:
     """Where the code would come from, found without running any of it."""
     top = path.partition(":")[0].partition(".")[0]
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        spec = None
+    spec = PathFinder.find_spec(top, [*sys.path, os.getcwd()]) or (sys.modules.get(top) and sys.modules[top].__spec__)
     return str(spec.origin or top) if spec else "which is not here"
 
 

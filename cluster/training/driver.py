@@ -95,6 +95,7 @@ class Driver:
                 self.dispatcher.abandon()  # what an asynchronous policy still has under way
                 self.journal.sync()
                 self._save_last()
+                self.monitor.end_progress()
                 self._finish()
             except (KeyboardInterrupt, RunStopped) as stop:
                 self._stop("interrupted" if isinstance(stop, KeyboardInterrupt) else f"stopped: {stop}")
@@ -165,6 +166,7 @@ class Driver:
             self.mirror.local, self.iteration, self.iterations, prometheus_port=self._prometheus_port, counters=COUNTS
         )
         stack.callback(self.monitor.close)
+        self.monitor.best = self._best
         if restored and restored.evaluation_due and self.evaluation.validation_tasks:
             self._evaluate()
         self._status("running", now=True)
@@ -229,7 +231,7 @@ class Driver:
             except OSError as error:
                 log.warning("best checkpoint not written (%s); the one before it stays the best", error)
             else:
-                self._best = best
+                self._best = self.monitor.best = best
 
     def _finish(self) -> None:
         chosen = self.evaluation.checkpoint == "best" and bool(self._best)
@@ -249,9 +251,15 @@ class Driver:
         self._status(state, now=True)
         self.journal.sync()
         self._save_last(due)
-        self.monitor.message(
-            f"checkpoint at iteration {due.iteration} in {self.directory}; `metafleet resume` goes on from there"
-        )
+        again = "" if due.iteration == self.iteration else (
+            f" (the validation under way there is begun again, and iterations up to {self.iteration} with it)"
+        )  # fmt: skip
+        self.monitor.message(f"checkpoint at iteration {due.iteration} in {self.directory}{again}; {self._how()}")
+
+    def _how(self) -> str:
+        """What goes on from the last checkpoint."""
+        command = (self.directory / "run.toml").exists()
+        return ("`metafleet resume`" if command else "the same program, run again,") + " goes on from there"
 
     @retry(retry=retry_if_exception_type(OSError), stop=stop_after_attempt(3), wait=wait_fixed(1), reraise=True)
     def _save_last(self, state: State | None = None) -> None:

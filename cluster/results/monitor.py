@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -154,6 +155,10 @@ class Monitor:
         with self._events():
             self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far."""
+        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+
     def event(self, iteration: int, text: str) -> None:
         """Something that happened to the fleet."""
         with self._events():
@@ -222,7 +227,7 @@ class Monitor:
         notes = [f"{t.removeprefix('train/')} {v:.4g}" for t, v in shown.items()]
         notes += [f"validation {name} {v:.4g}{self._best_so_far()}" for name, v in self._validation.items()]
         note, left = "  ".join(notes), self._eta(iteration)
-        eta = "" if left is None else f"ETA {datetime.timedelta(seconds=round(left))}"
+        eta = "" if math.isnan(left) else f"ETA {datetime.timedelta(seconds=round(left))}"
         if self._bar:
             self._bar.update(self._task, completed=iteration, note=note, eta=eta)
         elif time.monotonic() - self._plain_at > PLAIN_EVERY or iteration == self.iterations:
@@ -232,14 +237,14 @@ class Monitor:
     def _best_so_far(self) -> str:
         return f" (best {self.best['score']:.4g})" if self.best else ""
 
-    def _eta(self, iteration: int) -> float | None:
-        """Seconds left at the pace of the last iterations; None until it is known: the first one waits for workers and
+    def _eta(self, iteration: int) -> float:
+        """Seconds left at the pace of the last iterations; nan until it is known: the first one waits for workers and
         compilers.
         """
         if iteration >= self.iterations:
             return 0.0
         if len(self._times) < KNOWN:
-            return None
+            return math.nan
         (first, began), (last, ended) = self._times[0], self._times[-1]
         return (ended - began) / (last - first) * (self.iterations - iteration)
 

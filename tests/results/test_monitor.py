@@ -20,10 +20,10 @@ from tests.training.test_driver import run
 def test_every_iteration_has_a_row_through_an_interruption_and_a_resume(tmp_path: Path) -> None:
     recipe, asked = quadratic_recipe(), iter(range(10**6))
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path, iterations=3000, interrupted=lambda: next(asked) >= 300)
+        run(recipe, tmp_path, iterations=50_000, interrupted=lambda: next(asked) >= 300)
     before = [row for row in rows(tmp_path) if row["kind"] == "train"]
     assert [row["iteration"] for row in before] == list(range(1, len(before) + 1))
-    assert len(before) % 3  # the interruption fell within a window of TensorBoard's
+    assert len(before) % 50  # the interruption fell within a window of TensorBoard's
     run(recipe, tmp_path, iterations=len(before) + 20)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [x["iteration"] for x in lines if x["kind"] == "train"] == list(range(1, len(before) + 21))
@@ -54,7 +54,7 @@ def test_the_time_left_leaves_out_the_first_iteration_and_what_is_long_ago(
         watch.status("running", iteration, now=True)
         left.append(json.loads((tmp_path / "status.json").read_text())["eta_s"])
     watch.close()
-    assert left[:3] == [None] * 3
+    assert np.isnan(left[:3]).all()
     assert left[9] == 5 * 990
     assert left[199] == 2 * 800
 

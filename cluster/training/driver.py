@@ -24,7 +24,7 @@ from cluster.results.monitor import Monitor
 from cluster.results.report import Report
 from cluster.training.callbacks import Callback, Callbacks, Evaluated
 from cluster.training.dispatch import Dispatcher
-from cluster.training.evaluation import Evaluation, Pending, judge
+from cluster.training.evaluation import Evaluation, Pending, judge, overruled
 from cluster.training.identity import digest, identity, initial
 from cluster.training.ledger import COUNTS, Ledger
 from cluster.training.policy import Batch, Policy, Step, idle
@@ -59,6 +59,8 @@ class Driver:
         self.iterations, self.meta_batch, self.shard, self.policy = iterations, meta_batch, shard, policy
         self.checkpoint = checkpoint or Checkpointing()
         self.evaluation = evaluation or Evaluation()
+        for sentence in overruled(self.evaluation, recipe):
+            log.warning("%s", sentence)
         self._allow_mixed_fleet, self._lease = allow_mixed_fleet, lease
         self._hparams, self._interrupted, self._prometheus_port = hparams or {}, interrupted, prometheus_port
         self.checkpoints = Checkpoints(self.directory / "checkpoints", self.checkpoint.keep)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import time
 from typing import Any
 
@@ -31,6 +32,7 @@ def status(directory: Place) -> Table:
         "progress": _progress(content),
         "time left": _time(content.get("eta_s")) if running else "",
         "best on validation": ", ".join(f"{k} {v:g}" for k, v in content["best"].items()),
+        "stopped by": content.get("stopped_by", ""),
         **dict(sorted(results.items())),
         "driver": f"process {content['pid']} on {content['host']}, attempt {content['attempt']}",
         "updated": f"{age:.0f} s ago",
@@ -57,4 +59,4 @@ def _progress(content: dict[str, Any]) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    return "" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
+    return "" if seconds is None or not math.isfinite(seconds) else str(datetime.timedelta(seconds=round(seconds)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.record.storage import write_atomically
 from cluster.results import prometheus
@@ -30,10 +32,14 @@ log = logging.getLogger("metafleet")
 
 STATUS_EVERY = 2.0  # seconds
 PLAIN_EVERY = 10.0  # seconds between log lines where there is no terminal
+RECENT = 50  # iterations that the time left is reckoned from
+KNOWN = 4  # of them done before a time left is shown; the first only begins the count
 
 
 class Monitor:
-    """Scalars are averaged over windows of `every` iterations, by default a thousand windows a run."""
+    """metrics.jsonl has a line of every iteration; TensorBoard's scalars are averaged over windows of `every`
+    iterations, by default a thousand windows a run.
+    """
 
     def __init__(self, directory: Path, start: int, iterations: int, every: int = 0, console: Console | None = None,
                  prometheus_port: int = 0, counters: Collection[str] = ()) -> None:  # fmt: skip
@@ -55,18 +61,23 @@ class Monitor:
         self._now: dict[str, float] = {}
         self._stop_serving = prometheus.serve(prometheus_port, self._now, counters) if prometheus_port else None
         self._status_at = self._plain_at = 0.0
-        self._began, self._start = time.monotonic(), start
+        self._times: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self._validation: dict[str, float] = {}
+        self._at = start
         self.last: dict[str, float] = {}
+        self.best: Mapping[str, float] = {}
         self.console = console or Console(stderr=True)
         self._bar = _progress(self.console) if self.console.is_terminal else None
         if self._bar:
-            self._task = self._bar.add_task("meta-training", total=iterations, completed=start, note="")
+            self._task = self._bar.add_task("meta-training", total=iterations, completed=start, note="", eta="")
             self._bar.start()
 
     def scalars(
         self, iteration: int, values: Mapping[str, float], samples: Mapping[str, list[float]] | None = None
     ) -> None:
         """Scalars of one iteration, and numbers that a window shows as a histogram."""
+        self._times.append((iteration, time.monotonic()))
+        self._line(_line(iteration, "train", values, samples))
         for gone in [tag for tag in self._now if tag.startswith("share/")]:
             del self._now[gone]
         self._now.update(values)
@@ -75,16 +86,21 @@ class Monitor:
         for tag, several in (samples or {}).items():
             self._samples.setdefault(tag, []).extend(several)
         if iteration % self.every == 0 or iteration == self.iterations:
-            # Counters are not averaged: their last value is the one that is true.
-            means = {tag: v[-1] if tag.startswith("fleet/") else float(np.mean(v)) for tag, v in self._window.items()}
-            self.last |= means
-            self._write(iteration, "train", means, lists=self._samples)
-            with self._events():
-                for tag, several in self._samples.items():
-                    self._writer.add_histogram(tag, np.asarray(several), iteration)
-            self._window.clear()
-            self._samples.clear()
+            self._show(iteration)
+        self._at = iteration
         self._progress(iteration, values)
+
+    def _show(self, iteration: int) -> None:
+        """The open window in TensorBoard."""
+        # Counters are not averaged: their last value is the one that is true.
+        means = {tag: v[-1] if tag.startswith("fleet/") else float(np.mean(v)) for tag, v in self._window.items()}
+        self.last |= means
+        self._scalars(iteration, means)
+        with self._events():
+            for tag, several in self._samples.items():
+                self._writer.add_histogram(tag, np.asarray(several), iteration)
+        self._window.clear()
+        self._samples.clear()
 
     def curve(self, iteration: int, split: str, curve: Mapping[str, NDArray[np.float64]]) -> None:
         """An adaptation curve: one value per inner step for each measure; steps 0, 1 and the last go to TensorBoard."""
@@ -96,14 +112,18 @@ class Monitor:
         }
         self.last |= flat
         self._now.update(flat)
-        self._write(
-            iteration, split, flat, {"curve": {name: [float(v) for v in values] for name, values in curve.items()}}
-        )
+        if split == "validation":
+            name, values = next(iter(curve.items()))
+            self._validation = {name: float(values[-1])}
+        self._scalars(iteration, flat)
+        lists = {"curve": {name: [float(v) for v in values] for name, values in curve.items()}}
+        self._line(_line(iteration, split, flat, lists))
 
     def values(self, iteration: int, kind: str, values: Mapping[str, float]) -> None:
         """Scalars that come once, not every iteration."""
         self.last |= values
-        self._write(iteration, kind, values)
+        self._scalars(iteration, values)
+        self._line(_line(iteration, kind, values))
 
     def distributions(self, iteration: int, tag: str, tensors: Mapping[str, Tensor]) -> None:
         """A histogram per name."""
@@ -135,6 +155,10 @@ class Monitor:
         with self._events():
             self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far."""
+        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+
     def event(self, iteration: int, text: str) -> None:
         """Something that happened to the fleet."""
         with self._events():
@@ -152,29 +176,33 @@ class Monitor:
         self._status_at = time.monotonic()
         content = {
             "state": state, "iteration": iteration, "iterations": self.iterations, "host": socket.gethostname(),
-            "pid": os.getpid(), "updated": time.time(), "eta_s": self._eta(iteration), "metrics": self.last, **fields,
+            "pid": os.getpid(), "updated": time.time(), "eta_s": self._eta(iteration), "validation": self._validation,
+            "metrics": self.last, **fields,
         }  # fmt: skip
         try:
             write_atomically(self.directory / "status.json", json.dumps(content, indent=1).encode())
         except OSError as error:
             log.warning("cannot write status.json (%s)", error)
 
-    def close(self) -> None:
+    def end_progress(self) -> None:
+        """Take the bar away: what follows are results."""
         if self._bar:
             self._bar.stop()
+
+    def close(self) -> None:
+        self.end_progress()
+        if self._window:
+            self._show(self._at)
         if self._stop_serving:
             self._stop_serving()
         self._jsonl.close()
         with self._events():
             self._writer.close()
 
-    def _write(
-        self, iteration: int, kind: str, scalars: Mapping[str, float], lists: Mapping[str, object] | None = None
-    ) -> None:
+    def _scalars(self, iteration: int, scalars: Mapping[str, float]) -> None:
         with self._events():
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, iteration)
-        self._line({"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars, **(lists or {})})
 
     def _line(self, line: Mapping[str, object]) -> None:
         try:
@@ -194,28 +222,44 @@ class Monitor:
 
     def _progress(self, iteration: int, values: Mapping[str, float]) -> None:
         train = [t for t in values if t.startswith("train/")]
-        names = [t for t in train if "return" in t] or [t for t in train if t.endswith("loss")]
+        names = [t for t in train if "return" in t] or [t for t in train if t.endswith(("loss", "accuracy"))]
         shown = {t: self.last.get(t, values[t]) for t in names}
-        note = "  ".join(f"{t.removeprefix('train/')} {v:.4g}" for t, v in shown.items())
+        notes = [f"{t.removeprefix('train/')} {v:.4g}" for t, v in shown.items()]
+        notes += [f"validation {name} {v:.4g}{self._best_so_far()}" for name, v in self._validation.items()]
+        note, left = "  ".join(notes), self._eta(iteration)
+        eta = "" if math.isnan(left) else f"ETA {datetime.timedelta(seconds=round(left))}"
         if self._bar:
-            self._bar.update(self._task, completed=iteration, note=note)
+            self._bar.update(self._task, completed=iteration, note=note, eta=eta)
         elif time.monotonic() - self._plain_at > PLAIN_EVERY or iteration == self.iterations:
             self._plain_at = time.monotonic()
-            self.message(
-                f"iteration {iteration}/{self.iterations}  {note}  ETA "
-                f"{datetime.timedelta(seconds=round(self._eta(iteration)))}"
-            )
+            self.message("  ".join(filter(None, (f"iteration {iteration}/{self.iterations}", note, eta))))
+
+    def _best_so_far(self) -> str:
+        return f" (best {self.best['score']:.4g})" if self.best else ""
 
     def _eta(self, iteration: int) -> float:
-        done = max(iteration - self._start, 1)
-        return (time.monotonic() - self._began) / done * (self.iterations - iteration)
+        """Seconds left at the pace of the last iterations; nan until it is known: the first one waits for workers and
+        compilers.
+        """
+        if iteration >= self.iterations:
+            return 0.0
+        if len(self._times) < KNOWN:
+            return math.nan
+        (first, began), (last, ended) = self._times[0], self._times[-1]
+        return (ended - began) / (last - first) * (self.iterations - iteration)
+
+
+def _line(
+    iteration: int, kind: str, scalars: Mapping[str, float], lists: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    return {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars, **(lists or {})}
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
-        refresh_per_second=4,
+        TextColumn("{task.fields[eta]}"), TextColumn("{task.fields[note]}"), console=console, refresh_per_second=4,
+        transient=True,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
@@ -14,6 +14,7 @@ from cluster.fleet.machine import environment, set_up_torch
 from cluster.fleet.messages import FleetEvent, RunStopped
 from cluster.fleet.pool import Pool
 from cluster.fleet.recipe import Recipe
+from cluster.record import journal
 from cluster.record.checkpoint import Checkpointing, Checkpoints, State, Work
 from cluster.record.journal import Journal, unfinished
 from cluster.record.lease import Fenced, Lease
@@ -21,8 +22,9 @@ from cluster.record.mirror import Mirror
 from cluster.record.storage import Place, make_folder, place
 from cluster.results.monitor import Monitor
 from cluster.results.report import Report
+from cluster.training.callbacks import Callback, Callbacks, Evaluated
 from cluster.training.dispatch import Dispatcher
-from cluster.training.evaluation import Evaluation, Pending, judge
+from cluster.training.evaluation import Evaluation, Pending, judge, overruled
 from cluster.training.identity import digest, identity, initial
 from cluster.training.ledger import COUNTS, Ledger
 from cluster.training.policy import Batch, Policy, Step, idle
@@ -46,7 +48,8 @@ class Driver:
                  meta_batch: int, shard: int, policy: Policy = DEFAULT, checkpoint: Checkpointing | None = None,
                  evaluation: Evaluation | None = None, allow_mixed_fleet: bool = False, lease: Lease | None = None,
                  prometheus_port: int = 0, hparams: dict[str, object] | None = None, begin: Meta | None = None,
-                 interrupted: Callable[[], bool] = lambda: False) -> None:  # fmt: skip
+                 interrupted: Callable[[], bool] = lambda: False,
+                 callbacks: Sequence[Callback] = ()) -> None:  # fmt: skip
         """`lease`: one on the directory that the caller holds; without it the driver takes its own. `begin`: what
         another run learned, to go on from. `prometheus_port`: where to serve the metrics; 0: nowhere.
         """
@@ -56,6 +59,8 @@ class Driver:
         self.iterations, self.meta_batch, self.shard, self.policy = iterations, meta_batch, shard, policy
         self.checkpoint = checkpoint or Checkpointing()
         self.evaluation = evaluation or Evaluation()
+        for sentence in overruled(self.evaluation, recipe):
+            log.warning("%s", sentence)
         self._allow_mixed_fleet, self._lease = allow_mixed_fleet, lease
         self._hparams, self._interrupted, self._prometheus_port = hparams or {}, interrupted, prometheus_port
         self.checkpoints = Checkpoints(self.directory / "checkpoints", self.checkpoint.keep)
@@ -72,6 +77,7 @@ class Driver:
             raise ValueError(
                 f"compression={recipe.compression!r} would round what the run carries on ({names}): 'none' wanted"
             )
+        self._callbacks, self._asked = Callbacks(tuple(callbacks)), ""
         self._best: dict[str, float] = {}
         self._facts = identity(recipe, self.meta, meta_batch, shard)
         self._pending: Pending | None = None
@@ -89,12 +95,16 @@ class Driver:
             self.lease = self._lease or stack.enter_context(Lease(self.directory).held())
             self._open(stack)
             try:
-                while self.iteration < self.iterations:
+                self._callbacks.begin(self._hparams, self._earlier)
+                while self.iteration < self.iterations and not self._asked:
                     self.iterate()
                 self._collect(wait=True)
+                if self._asked:
+                    self._note_stop()
                 self.dispatcher.abandon()  # what an asynchronous policy still has under way
                 self.journal.sync()
                 self._save_last()
+                self.monitor.end_progress()
                 self._finish()
             except (KeyboardInterrupt, RunStopped) as stop:
                 self._stop("interrupted" if isinstance(stop, KeyboardInterrupt) else f"stopped: {stop}")
@@ -103,6 +113,7 @@ class Driver:
                 raise
             except Exception as error:
                 self._status(f"failed: {error}", now=True)
+                self._callbacks.end(f"failed: {error}")
                 raise
         return self.meta
 
@@ -138,6 +149,7 @@ class Driver:
             self._restore(restored)
         self.roster = Roster(self._facts, allow_mixed=self._allow_mixed_fleet)
         path = self.directory / "journal"
+        self._asked = self._stopped_before() if restored else ""
         tickets, next_ticket = unfinished(path)
         self.journal = Journal(path, self.lease.check)
         stack.callback(self.journal.close)
@@ -165,6 +177,10 @@ class Driver:
             self.mirror.local, self.iteration, self.iterations, prometheus_port=self._prometheus_port, counters=COUNTS
         )
         stack.callback(self.monitor.close)
+        self.monitor.best = self._best
+        self._earlier = [
+            Evaluated(row["iteration"], row["curve"]) for row in self.monitor.rows() if row["kind"] == "validation"
+        ] if self._callbacks.members else []  # fmt: skip
         if restored and restored.evaluation_due and self.evaluation.validation_tasks:
             self._evaluate()
         self._status("running", now=True)
@@ -197,7 +213,9 @@ class Driver:
         fleet |= {f"share/{worker}": n / answers for worker, n in shares.items()}
         shares.clear()
         waited = idle(len(self.roster.workers), step.metrics)
-        self.monitor.scalars(self.iteration, step.metrics | waited | fleet, step.samples)
+        metrics = step.metrics | waited | fleet
+        self.monitor.scalars(self.iteration, metrics, step.samples)
+        self._asked = self._callbacks.step(self.iteration, metrics) or self._asked
         self._status("running")
 
     def _every(self) -> int:
@@ -229,7 +247,8 @@ class Driver:
             except OSError as error:
                 log.warning("best checkpoint not written (%s); the one before it stays the best", error)
             else:
-                self._best = best
+                self._best = self.monitor.best = best
+        self._asked = self._callbacks.evaluation(state.iteration, "validation", curves) or self._asked
 
     def _finish(self) -> None:
         chosen = self.evaluation.checkpoint == "best" and bool(self._best)
@@ -237,8 +256,22 @@ class Driver:
         results = judge(self.recipe, self.dispatcher, state, "test", self.evaluation.tasks, self.shard)
         self.lease.check()
         Report(self.recipe, self.monitor, self.mirror, self.evaluation.pictures).publish(state, results, self._hparams)
+        self._callbacks.evaluation(state.iteration, "test", results.curves)
         self.journal.sync()
         self._status("finished", now=True)
+        self._callbacks.end("finished")
+
+    def _note_stop(self) -> None:
+        """A callback asked: the run is finished here, also for whoever begins it again as it is."""
+        self.journal.write("stop", iteration=self.iteration, iterations=self.iterations, reason=self._asked)
+        self.monitor.end_progress()
+        self.monitor.message(f"stopped at iteration {self.iteration} of {self.iterations}: {self._asked}")
+
+    def _stopped_before(self) -> str:
+        """Who asked an earlier attempt at as many iterations to stop where the checkpoint is; "" for nobody."""
+        stops = [r for r in journal.read(self.directory / "journal") if r["kind"] == "stop"]
+        here = [r["reason"] for r in stops if (r["iteration"], r["iterations"]) == (self.iteration, self.iterations)]
+        return here[-1] if here else ""
 
     def _stop(self, state: str) -> None:
         self.dispatcher.abandon()
@@ -247,11 +280,18 @@ class Driver:
         due = replace(self._pending.state, evaluation_due=True) if self._pending else self._snapshot()
         self._pending = None
         self._status(state, now=True)
+        self._callbacks.end(state)
         self.journal.sync()
         self._save_last(due)
-        self.monitor.message(
-            f"checkpoint at iteration {due.iteration} in {self.directory}; `metafleet resume` goes on from there"
-        )
+        again = "" if due.iteration == self.iteration else (
+            f" (the validation under way there is begun again, and iterations up to {self.iteration} with it)"
+        )  # fmt: skip
+        self.monitor.message(f"checkpoint at iteration {due.iteration} in {self.directory}{again}; {self._how()}")
+
+    def _how(self) -> str:
+        """What goes on from the last checkpoint."""
+        command = (self.directory / "run.toml").exists()
+        return ("`metafleet resume`" if command else "the same program, run again,") + " goes on from there"
 
     @retry(retry=retry_if_exception_type(OSError), stop=stop_after_attempt(3), wait=wait_fixed(1), reraise=True)
     def _save_last(self, state: State | None = None) -> None:
@@ -272,6 +312,7 @@ class Driver:
         self.monitor.status(
             state, self.iteration, now=now, attempt=self.lease.attempt, workers=self.roster.workers,
             nodes=self.roster.nodes, counts=self.ledger.counts, best=self._best,
+            stopped_by=self._asked,
         )  # fmt: skip
 
     def _fleet_event(self, event: FleetEvent) -> None:

@@ -59,6 +59,24 @@ class Evaluation:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least} wanted")
 
 
+def overruled(evaluation: Evaluation, recipe: Recipe) -> list[str]:
+    """What is asked of an evaluation and decided by the recipe, from which the workers are made already: a sentence for
+    each difference.
+    """
+    asked, usual = evaluation, Evaluation()
+    pairs: list[tuple[str, object, object, str]] = [
+        ("steps", asked.steps, recipe.evaluation_steps, "evaluation_steps"),
+        ("seed", asked.seed, recipe.evaluation_seed, "evaluation_seed"),
+        ("robustness", asked.robustness, recipe.robustness, "robustness"),
+        ("norms", asked.norms, getattr(recipe.objective, "report", ()), "objective.report"),
+    ]
+    return [
+        f"evaluation.{name}={seen!r} has no effect: the recipe's {key}={rules!r} rules"
+        for name, seen, rules, key in pairs
+        if seen not in (rules, getattr(usual, name))
+    ]
+
+
 class Pending:
     """An evaluation under way in the background of a run."""
 

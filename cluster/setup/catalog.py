@@ -18,9 +18,11 @@ class Choices(Mapping[str, type[Any]]):
     an import path, package.module:Class, which is a member without being listed.
     """
 
-    def __init__(self, group: str, interface: str, ours: dict[str, str]) -> None:
-        """`interface`: path of the Protocol that a class must satisfy; `ours`: name → path."""
-        self.group, self.interface, self.ours = group, interface, ours
+    def __init__(self, group: str, interface: str, ours: dict[str, str], least: str = "") -> None:
+        """`interface`: path of the Protocol that fields are declared as, and that a class must satisfy, or `least`, a
+        smaller one; `ours`: name → path.
+        """
+        self.group, self.interface, self.ours, self.least = group, interface, ours, least or interface
         self._checked: set[type[Any]] = set()
 
     @cached_property
@@ -53,7 +55,7 @@ class Choices(Mapping[str, type[Any]]):
         return next((name for name, p in self.paths.items() if p == path), path)
 
     def _check(self, name: str, found: object) -> None:
-        wanted = imported(self.interface, "interface")
+        wanted = imported(self.least, "interface")
         if not isinstance(found, type):
             raise ValueError(f"name={name!r} is a {type(found).__name__}: a class wanted")
         if not dataclasses.is_dataclass(found) and "__init__" in vars(found):
@@ -88,7 +90,7 @@ TASKS = Choices("tasks", "envs.base:TaskFamily", {
     "locomotion": "envs.control.locomotion:Locomotion",
     "data_free": "envs.images.data_free:DataFree",
     "pretraining": "envs.images.pretraining:Pretraining",
-})  # fmt: skip
+}, least="envs.base:TaskDistribution")  # fmt: skip
 SOURCES = Choices("sources", "envs.images.episodes:ImageSource", {
     "omniglot": "envs.sources.omniglot:Omniglot",
     "image_folder": "envs.sources.image_folder:ImageFolder",

@@ -18,6 +18,7 @@ USAGE = """metafleet — distributed meta-training on Ray
   metafleet train RUN [--dir DIR] [--seeds N] [--key value ...]   meta-train; RUN is a preset or a TOML file
   metafleet resume DIR [--key value ...]                          go on from the last good checkpoint
   metafleet evaluate DIR [--tasks 600] [--steps 10]               adaptation curve on held-out tasks
+  metafleet adapt DIR --support X --predict Y                     adapt to examples of one's own, predict others
   metafleet compare DIR [DIR ...] | RUN                           table and plot across runs; RUN: train its runs first
   metafleet export DIR OUT.safetensors                            θ for use with plain torch
   metafleet teachers RUN [--dir DIR] [--count 8]                  train (or import) a pool of classifiers

@@ -26,7 +26,7 @@ def foreign(table: dict[str, Any], path: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             found |= foreign(value, f"{path}{key}.")
         for each in value if isinstance(value, list) else [value]:
-            if key in NAMING and is_path(each) and each.partition(".")[0] not in OURS:
+            if key in NAMING and is_path(each) and _top(each) not in OURS:
                 found[f"{path}{key}"] = each
     if table.get("name") == "constructor":
         found[f"{path}target"] = str(table.get("target", "torchvision.models.resnet18"))
@@ -64,9 +64,14 @@ def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
     return [path for path, digest in now.items() if before.get(path, digest) != digest]
 
 
+def _top(name: str) -> str:
+    """The package that a module, or what an import path leads to, is in."""
+    return name.partition(":")[0].partition(".")[0]
+
+
 def _place(path: str) -> str:
     """Where the code would come from, found without running any of it."""
-    top = path.partition(":")[0].partition(".")[0]
+    top = _top(path)
     spec = PathFinder.find_spec(top, [*sys.path, os.getcwd()]) or (sys.modules.get(top) and sys.modules[top].__spec__)
     return str(spec.origin or top) if spec else "which is not here"
 
@@ -80,14 +85,15 @@ def _imported(path: str) -> ModuleType | None:
 
 def _sources(module: ModuleType) -> dict[str, Path]:
     """Name → file of a module and of those of the same package, or of no installed one, that it uses."""
-    top, found, waiting = module.__name__.partition(".")[0], {}, [module]
+    found: dict[str, Path] = {}
+    waiting = [module]
     while waiting:
         each = waiting.pop()
         file = Path(getattr(each, "__file__", None) or "")
         if each.__name__ in found or not file.is_file():
             continue
-        mine = each.__name__.partition(".")[0] == top
-        if mine or not (_is_installed(file) or each.__name__.partition(".")[0] in OURS):
+        top = _top(each.__name__)
+        if top == _top(module.__name__) or not (_is_installed(file) or top in OURS):
             found[each.__name__] = file
             waiting += _used(each)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import math
@@ -20,10 +19,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from cluster.record.storage import Place, write_atomically
+from cluster.setup import code
 from cluster.setup.catalog import MODELS
 from cluster.setup.tables import from_table, named
 from learners.base import Params
-from learners.models.constructor import Constructor
 from learners.models.networks import ModelSpec
 from learners.modules.functional import Functional, functional
 from learners.purer.inversion import Teacher
@@ -137,21 +136,15 @@ def _model(entry: dict[str, Any], shape: tuple[int, int, int], ways: int, where:
     architecture = entry.get("architecture")
     if not isinstance(architecture, dict) or architecture.get("name") not in MODELS:
         raise ValueError(f"{where}: architecture={architecture!r}: a table with a name of {', '.join(MODELS)} wanted")
+    if code.foreign(architecture):  # a pool may come from others: whatever it names is not run
+        raise ValueError(f"{where}: architecture={architecture!r}: one of our own wanted, not a name to import")
     spec: ModelSpec = from_table(
         MODELS[architecture["name"]], {k: v for k, v in architecture.items() if k != "name"}, f"{where}: "
     )
-    if _imports(spec):  # a pool may come from others: whatever it names is not run
-        raise ValueError(f"{where}: architecture={architecture!r}: one of our own wanted, not a name to import")
     model = functional(spec.build(shape, ways), torch.zeros(2, *shape))
     if not model.normalises:
         raise ValueError(f"{where}: {architecture['name']} has no BatchNorm layer, whose statistics inversion needs")
     return spec, model
-
-
-def _imports(spec: Any) -> bool:
-    """Whether a model is made by a name that it gives, or one inside of it is."""
-    inner = (getattr(spec, f.name) for f in dataclasses.fields(spec))
-    return isinstance(spec, Constructor) or any(_imports(v) for v in inner if dataclasses.is_dataclass(v))
 
 
 def tensors(content: bytes, path: Place) -> Params:

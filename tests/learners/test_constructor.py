@@ -158,8 +158,13 @@ def test_a_package_that_does_not_fit_torch_is_named_with_torchs_version(own: str
 
 
 @pytest.mark.parametrize("wrapped", ["{}", '{{ name = "unit", network = {} }}'])
-def test_a_pools_description_names_nothing_to_import(own: str, tmp_path: Path, wrapped: str) -> None:
-    architecture = wrapped.format(f'{{ name = "constructor", target = "{own}.Net" }}')
+@pytest.mark.parametrize("named", ['{ name = "constructor", target = "theirs.Net" }', '{ name = "theirs:Net" }'])
+def test_a_pools_description_names_nothing_to_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: str, named: str
+) -> None:
+    architecture = wrapped.format(named)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs.py").write_text("raise SystemExit('it was run')")
     (tmp_path / "theirs.toml").write_text(f"""
 shape = [3, 8, 8]
 ways = 5

@@ -1,7 +1,6 @@
 """Metafleet's public names: `from metafleet import Run, launch, load`.
 
-Each is imported from where it is defined when it is first asked for, so that what needs no torch loads none. README's
-examples use these names only; learners/README.md and envs/README.md say more of them.
+Each is imported from where it is defined when it is first asked for, so that what needs no torch loads none.
 """
 
 from __future__ import annotations

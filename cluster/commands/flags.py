@@ -30,7 +30,7 @@ def configured(
     """
     name, rest = leading(words)
     overrides, rest = _choices(rest)
-    run = load(name or "sinusoid", overrides)
+    run = load(name, overrides) if name else config.load("sinusoid", overrides)
     if not name and not any(w in ("-h", "--help") for w in rest):
         raise ValueError(
             f"metafleet {command} wants a {shown} first, for example: metafleet {command} "
@@ -56,14 +56,9 @@ def of_directory(words: list[str], changes: tables.Table | None = None) -> Calla
     """How `configured` comes from a run directory to its run, with `changes`; `words` say whether it is --trust-ed."""
     from cluster.operations import existing_run
 
-    def load(name: str, overrides: dict[str, str]) -> Run:
-        if not words or words[0].startswith("-"):
-            return config.load(name, overrides)
-        return existing_run.run_of(
-            storage.place(name), trust="--trust" in words, overrides=overrides, changes=changes or {}
-        )
-
-    return load
+    return lambda name, overrides: existing_run.run_of(
+        storage.place(name), trust="--trust" in words, overrides=overrides, changes=changes
+    )
 
 
 def _narrowed(value: Any, key: str = "", hidden: Collection[str] = ()) -> Any:
@@ -82,13 +77,10 @@ def _narrowed(value: Any, key: str = "", hidden: Collection[str] = ()) -> Any:
     returns is a Run' too; `_plain` leads back by way of `of`, which holds the class that was narrowed. A subclass of
     one with others inside checks nothing itself: its `__post_init__` would run before all flags are there.
     """
-    cls, values = type(value), _values(value)
-    still = {
-        k: v for k, v in values.items() if k in hidden or (tables.is_choice(cls, k) and not dataclasses.is_dataclass(v))
-    }
-    inside = {
-        k: _narrowed(v, f"{key}{k}.") for k, v in values.items() if dataclasses.is_dataclass(v) and k not in still
-    }
+    cls, values, hints = type(value), _values(value), typing.get_type_hints(type(value))
+    keyed = {k for k, v in values.items() if dataclasses.is_dataclass(v) and k not in hidden}
+    still = {k: v for k, v in values.items() if k in hidden or (tables.choices_of(hints[k]) and k not in keyed)}
+    inside = {k: _narrowed(v, f"{key}{k}.") for k, v in values.items() if k in keyed}
     inner = inside | {name: _toml(getattr(value, name)) for name in _arrays(cls)} | still
     if not inner:
         return value

@@ -19,13 +19,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Options of a training command, beside the keys of the run."""
+class Continuing:
+    """Options of whatever goes on with a run that is there."""
 
-    dir: str = ""
-    """Run directory; an existing one of the same run is resumed. Default: runs/RUN-DATE-TIME."""
-    seeds: int = 1
-    """Train this many seeds, from `seed` on, each in its own directory DIR/seed-N."""
     take_over: bool = False
     """Take the directory over from a driver that still seems alive."""
     allow_changed_code: bool = False
@@ -33,13 +29,19 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class ResumeOptions:
+class TrainOptions(Continuing):
+    """Options of a training command, beside the keys of the run."""
+
+    dir: str = ""
+    """Run directory; an existing one of the same run is resumed. Default: runs/RUN-DATE-TIME."""
+    seeds: int = 1
+    """Train this many seeds, from `seed` on, each in its own directory DIR/seed-N."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions(Continuing):
     """Options of a resumed run."""
 
-    take_over: bool = False
-    """Take the directory over from a driver that still seems alive."""
-    allow_changed_code: bool = False
-    """Go on with code of one's own that is not what it was when the run began."""
     trust: bool = False
     """Import code that the directory names and that is not Metafleet's."""
 

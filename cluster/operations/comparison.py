@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cluster.operations.existing_run import CONFIGURATION, run_of
 from cluster.record.storage import Place, place, write_atomically
-from cluster.results import drawing, interval
+from cluster.results import drawing, history, interval
 from cluster.results.report import RESULTS
 from cluster.setup import equal_budget, resolve
 from cluster.setup.run import Run
@@ -153,7 +153,7 @@ def _group(members: list[Place], run: Run) -> Group:
     label = ", ".join(m.name for m in members)
     if all(m.name.startswith("seed-") for m in members):
         label = members[0].parent.name + (f" ({len(members)} seeds)" if len(members) > 1 else f"/{label}")
-    lines = [[json.loads(line) for line in (m / "metrics.jsonl").read_text().splitlines()] for m in members]
+    lines = [history.lines(m) for m in members]
     return Group(
         label, run, [json.loads((m / RESULTS).read_text()) for m in members],
         [[line for line in run_lines if line["kind"] == "validation"] for run_lines in lines],

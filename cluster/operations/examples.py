@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 from cluster.setup import families
 from envs.base import Array, TaskDistribution
 from envs.images.episodes import Episodes
-from envs.sources import decoding
+from envs.sources import decoding, layouts, npz
 from envs.sources.decoding import SUFFIXES
 
 LABELS = ("label", "class", "target", "y")
@@ -75,7 +73,7 @@ def _said(shape: tuple[int, ...]) -> str:
 
 
 def _folder(path: Path, tasks: TaskDistribution) -> Examples:
-    classes = [f for f in sorted(path.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+    classes = [f for f in sorted(path.iterdir()) if f.is_dir() and layouts.visible(f)]
     groups = [(f.name, _images(f)) for f in classes] or [("", _images(path))]
     files = [(file, label) for label, found in groups for file in found]
     if not files:
@@ -85,7 +83,7 @@ def _folder(path: Path, tasks: TaskDistribution) -> Examples:
 
 
 def _images(folder: Path) -> list[Path]:
-    return [f for f in sorted(folder.iterdir()) if f.name.lower().endswith(SUFFIXES) and not f.name.startswith(".")]
+    return [f for f in sorted(folder.iterdir()) if f.name.lower().endswith(SUFFIXES) and layouts.visible(f)]
 
 
 def _decoded(files: list[Path], tasks: TaskDistribution) -> Array:
@@ -100,11 +98,7 @@ def _decoded(files: list[Path], tasks: TaskDistribution) -> Array:
 
 
 def _npz(path: Path, tasks: TaskDistribution) -> Examples:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            content = {k: arrays[k] for k in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not an .npz file of plain arrays ({error})") from error
+    content = npz.content_of(path)
     if "x" not in content:
         raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: x wanted, and y where targets are known")
     x, y = as_inputs(content["x"], tasks, f"{path}, x"), content.get("y")

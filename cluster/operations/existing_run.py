@@ -66,10 +66,15 @@ def run_of(directory: Place, *, trust: bool = False, like: Run | None = None, ov
         known = set(code.foreign(to_table(like)).values()) if like else set()
         code.check_trusted(config.read(str(path)), directory, known)
     run = config.load(str(path), overrides, changes, like)
-    changed = code.changed(config.note(path, "code"), code.fingerprints(to_table(run)))
-    for name in () if like else changed:  # whoever has `like` looks for himself
-        log.warning("%s: the source of %s has changed since this run began", directory, name)
+    if like is None:  # whoever has one looks for himself
+        for name in changed_code(run, directory):
+            log.warning("%s: the source of %s has changed since this run began", directory, name)
     return run
+
+
+def changed_code(run: Run, directory: Place) -> list[str]:
+    """Import paths in `run` whose source is not what it was when the run in the directory began."""
+    return code.changed(config.note(directory / CONFIGURATION, "code"), code.fingerprints(to_table(run)))
 
 
 def chosen(directory: Place, checkpoint: str) -> State:
@@ -137,12 +142,17 @@ def replay(directory: Place, *, trust: bool = False) -> str:
 
 def export(directory: Place, out: Place, checkpoint: str) -> list[str]:
     """Write θ (and carried statistics) as safetensors, with the configuration as metadata; returns the names."""
-    from safetensors.torch import save
-
     state = chosen(directory, checkpoint)
     path = directory / CONFIGURATION
     text = path.read_text() if path.exists() else ""
-    tensors = {k: v.contiguous() for k, v in (state.used.params | state.used.slots).items()}
-    make_folder(out.parent)
-    write_atomically(out, save(tensors, {"metafleet": text, "iteration": str(state.iteration)}))
+    tensors = state.used.params | state.used.slots
+    write_tensors(out, tensors, {"metafleet": text, "iteration": str(state.iteration)})
     return list(tensors)
+
+
+def write_tensors(out: Place, tensors: Params, notes: dict[str, str]) -> None:
+    """Write tensors as safetensors, with notes as metadata."""
+    from safetensors.torch import save
+
+    make_folder(out.parent)
+    write_atomically(out, save({k: v.detach().contiguous() for k, v in tensors.items()}, notes))

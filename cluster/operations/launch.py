@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.fleet.machine import environment, set_up_torch
-from cluster.operations.existing_run import CONFIGURATION, Begun, beginning, begun, run_of
+from cluster.operations.existing_run import CONFIGURATION, Begun, beginning, begun, changed_code, run_of
 from cluster.operations.trained import Trained, load
 from cluster.record.lease import Lease
 from cluster.record.storage import Place, make_folder, place, write_atomically
@@ -126,8 +126,7 @@ def prepared(run: Run, directory: Place, earlier: Begun | None) -> Run:
 
 def _check_code(run: Run, directory: Place) -> None:
     """Raise ValueError where code that the run names is not what it was."""
-    before = config.note(directory / CONFIGURATION, "code")
-    for name in code.changed(before, code.fingerprints(to_table(run))):
+    for name in changed_code(run, directory):
         raise ValueError(
             f"the source of {name} is not what it was when the run in {directory} began: --allow-changed-code goes on "
             "with it as it is now; use another directory for another run"

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from cluster.operations import launch
 from cluster.record import storage
 from cluster.record.storage import Place
+from cluster.results import history
 from cluster.setup import config
 from cluster.setup.run import Run
 from cluster.training.asynchronous import Asynchronous
@@ -198,7 +199,7 @@ def _point(run: Run, experiment: Experiment, home: Place, scaling: Scaling, poli
             _resize(experiment.resize.replace("{workers}", str(run.workers)))
         begin = time.time()
         launch.train(run, folder / str(repeat))
-        lines = _lines(folder / str(repeat))
+        lines = history.lines(folder / str(repeat))
         startups.append(next(line["time"] for line in lines if line["kind"] == "train") - begin)
         runs.append(measure(lines, run.meta_batch, experiment.warmup))
     if alone:
@@ -215,10 +216,6 @@ def _resize(command: str) -> None:
     done = subprocess.run(shlex.split(command), check=False)
     if done.returncode:
         raise RuntimeError(f"{command!r} failed with exit code {done.returncode}")
-
-
-def _lines(directory: Place) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def _independent(run: Run, warmup: int) -> float:
@@ -242,7 +239,8 @@ def _independent(run: Run, warmup: int) -> float:
             for process in processes:  # all at once, so that none works alone
                 process.send_signal(signal.SIGTERM)
         lines = [
-            [line for line in _lines(d) if line["kind"] == "train" and line["iteration"] >= warmup] for d in directories
+            [line for line in history.lines(d) if line["kind"] == "train" and line["iteration"] >= warmup]
+            for d in directories
         ]
     return run.meta_batch * together(lines)
 
@@ -272,7 +270,7 @@ def _process(run: Run, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def _done(directory: Path) -> int:
     """Iterations that a run under way says it has done."""
-    path = directory / "metrics.jsonl"
+    path = directory / history.METRICS
     lines = path.read_bytes().splitlines() if path.exists() else []
     return int(json.loads(lines[-1])["iteration"]) if lines else 0
 

@@ -17,9 +17,9 @@ from cluster.fleet.machine import set_up_torch
 from cluster.fleet.recipe import Recipe
 from cluster.operations import conditions
 from cluster.operations.examples import Examples, as_inputs
-from cluster.operations.existing_run import chosen, run_of
+from cluster.operations.existing_run import chosen, run_of, write_tensors
 from cluster.record.checkpoint import State
-from cluster.record.storage import Place, make_folder, place, write_atomically
+from cluster.record.storage import Place, place
 from cluster.results.report import Results
 from cluster.setup import assemble, families
 from cluster.setup.run import Run
@@ -74,18 +74,18 @@ class Trained:
         targets = np.asarray(x.y if isinstance(x, Examples) else y)
         if len(targets) != len(inputs) or not len(inputs):
             raise ValueError(f"{len(inputs)} examples and {len(targets)} targets: equally many wanted, at least one")
-        classes, labels = None, targets
+        classes, ways = None, 0
         if self.run.kind == "classification":
-            classes, labels = np.unique(
-                targets.astype(str) if targets.dtype == object else targets, return_inverse=True
-            )
+            labels = targets.astype(str) if targets.dtype == object else targets
+            classes, targets = np.unique(labels, return_inverse=True)
+            ways = len(classes)
         else:
-            labels = targets.astype(np.float32).reshape(len(targets), -1)
-        run = self._conditions(len(classes) if classes is not None else 0, steps, norm)
+            targets = targets.astype(np.float32).reshape(len(targets), -1)
+        run = self._conditions(ways, steps, norm)
         parts, params = assemble.recipe(run)
         set_up_torch(run.threads, run.device, run.deterministic)
         state = conditions.fitting(self.state, parts, params)
-        return _fitted(parts, state, inputs, labels, classes)
+        return _fitted(parts, state, inputs, targets, classes)
 
     def evaluate(self, *, split: str = "test", checkpoint: str = "newest", **keys: Any) -> Results:
         """Adaptation curves on held-out tasks, in this process; `keys`: see `conditions.under`."""
@@ -160,13 +160,8 @@ class Fitted:
 
     def export(self, out: str | Path) -> None:
         """Write φ as safetensors, with the labels in its metadata."""
-        from safetensors.torch import save
-
-        at = place(out)
-        make_folder(at.parent)
         labels = {} if self.classes_ is None else {"classes": "\n".join(map(str, self.classes_))}
-        content = {k: v.detach().contiguous() for k, v in self.params.items()}
-        write_atomically(at, save(content, {"steps": str(self.steps), **labels}))
+        write_tensors(place(out), self.params, {"steps": str(self.steps), **labels})
 
     def _outputs(self, x: Array) -> Array:
         with torch.no_grad():

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NotRequired, Protocol
+from typing import Any, NamedTuple, NotRequired, Protocol
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -51,10 +51,16 @@ class _Attempt(TypedDict):
     shard: NotRequired[wire.Natural]
 
 
+class _Stop(TypedDict):
+    iteration: wire.Natural
+    iterations: wire.Natural
+    reason: str
+
+
 _KINDS: dict[str, TypeAdapter[Any]] = {
     "attempt": TypeAdapter(_Attempt), "dispatch": TypeAdapter(_Dispatch), "apply": TypeAdapter(_Apply),
     "abandon": TypeAdapter(_Tickets), "reject": TypeAdapter(_Ticket), "drop": TypeAdapter(_Ticket),
-    "quarantine": TypeAdapter(_Ticket),
+    "quarantine": TypeAdapter(_Ticket), "stop": TypeAdapter(_Stop),
 }  # fmt: skip
 """What readers rely on in a record, by its kind."""
 
@@ -201,12 +207,24 @@ def _usable(path: Place) -> int | None:
     return end
 
 
-def unfinished(path: Place) -> tuple[list[int], int]:
-    """(tickets dispatched and never settled, the first unused ticket) of a journal; ([], 0) where there is none."""
+class Unfinished(NamedTuple):
+    """How the attempts so far have left a journal."""
+
+    tickets: list[int]
+    """Dispatched and never settled."""
+    following: int
+    """The first unused ticket."""
+    stops: list[dict[str, Any]]
+    """Records of stops that were asked for."""
+
+
+def unfinished(path: Place) -> Unfinished:
+    """What a journal says up to its end, or to damage; ([], 0, []) where there is none."""
     content = _content(path)
     end, _ = _scan(content)
     waiting: set[int] = set()
     following = 0
+    stops: list[dict[str, Any]] = []
     for record in _records(content, end):
         if record["kind"] == "dispatch":
             waiting.add(record["ticket"])
@@ -215,7 +233,9 @@ def unfinished(path: Place) -> tuple[list[int], int]:
             waiting -= set(record["tickets"])
         elif record["kind"] in ("reject", "drop", "quarantine"):
             waiting.discard(record["ticket"])
-    return sorted(waiting), following
+        elif record["kind"] == "stop":
+            stops.append(record)
+    return Unfinished(sorted(waiting), following, stops)
 
 
 def _records(content: bytes, end: int) -> Iterator[dict[str, Any]]:

@@ -10,9 +10,15 @@ from typing import Any
 
 from upath import UPath
 
-from cluster.record.storage import place, read
+from cluster.record.storage import Place, place, read
 
 METRICS = "metrics.jsonl"
+"""File of a run directory with a line for each iteration, evaluation and event of the fleet."""
+
+
+def lines(home: Place) -> list[dict[str, Any]]:
+    """Everything that the driver has written there, as it stands."""
+    return [json.loads(line) for line in (home / METRICS).read_text().splitlines()]
 
 
 def rows(directory: str | Path | UPath) -> list[dict[str, Any]]:
@@ -21,11 +27,11 @@ def rows(directory: str | Path | UPath) -> list[dict[str, Any]]:
     """
     home = place(directory)
     try:
-        lines = read(home / METRICS).split(b"\n")
+        content = read(home / METRICS).split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{home} has no {METRICS}: not a run directory, or a run that has not begun") from None
     merged: dict[tuple[int, str], dict[str, Any]] = {}
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate(content[:-1], 1):
         try:
             values = json.loads(line)
             key = int(values["iteration"]), str(values["kind"])

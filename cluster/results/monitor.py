@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.record.storage import write_atomically
 from cluster.results import prometheus
+from cluster.results.history import METRICS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,9 +50,9 @@ class Monitor:
 
         self.directory, self.iterations = directory, iterations
         self.every = every or max(1, iterations // 1000)
-        _truncate(directory / "metrics.jsonl", start)
+        _truncate(directory / METRICS, start)
         # Held for the life of the run.
-        self._jsonl = open(directory / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self._jsonl = open(directory / METRICS, "ab", buffering=0)  # noqa: SIM115
         # purge_step (the first step to take back) from the very first writer on: TensorBoard ignores it where the first
         # one had none.
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
@@ -63,7 +64,6 @@ class Monitor:
         self._status_at = self._plain_at = 0.0
         self._times: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._validation: dict[str, float] = {}
-        self._at = start
         self.last: dict[str, float] = {}
         self.best: Mapping[str, float] = {}
         self.console = console or Console(stderr=True)
@@ -77,7 +77,7 @@ class Monitor:
     ) -> None:
         """Scalars of one iteration, and numbers that a window shows as a histogram."""
         self._times.append((iteration, time.monotonic()))
-        self._line(_line(iteration, "train", values, samples))
+        self._line(iteration, "train", values, samples or {})
         for gone in [tag for tag in self._now if tag.startswith("share/")]:
             del self._now[gone]
         self._now.update(values)
@@ -87,7 +87,6 @@ class Monitor:
             self._samples.setdefault(tag, []).extend(several)
         if iteration % self.every == 0 or iteration == self.iterations:
             self._show(iteration)
-        self._at = iteration
         self._progress(iteration, values)
 
     def _show(self, iteration: int) -> None:
@@ -116,14 +115,13 @@ class Monitor:
             name, values = next(iter(curve.items()))
             self._validation = {name: float(values[-1])}
         self._scalars(iteration, flat)
-        lists = {"curve": {name: [float(v) for v in values] for name, values in curve.items()}}
-        self._line(_line(iteration, split, flat, lists))
+        self._line(iteration, split, flat, {"curve": {k: [float(v) for v in values] for k, values in curve.items()}})
 
     def values(self, iteration: int, kind: str, values: Mapping[str, float]) -> None:
         """Scalars that come once, not every iteration."""
         self.last |= values
         self._scalars(iteration, values)
-        self._line(_line(iteration, kind, values))
+        self._line(iteration, kind, values)
 
     def distributions(self, iteration: int, tag: str, tensors: Mapping[str, Tensor]) -> None:
         """A histogram per name."""
@@ -155,15 +153,11 @@ class Monitor:
         with self._events():
             self._writer.add_hparams(simple, {f"final/{k}": v for k, v in results.items()}, run_name=".")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far."""
-        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-
     def event(self, iteration: int, text: str) -> None:
         """Something that happened to the fleet."""
         with self._events():
             self._writer.add_text("fleet", text, iteration)
-        self._line({"iteration": iteration, "kind": "fleet", "time": round(time.time(), 3), "event": text})
+        self._line(iteration, "fleet", {"event": text})
 
     def message(self, text: str) -> None:
         """A line for whoever watches."""
@@ -192,7 +186,7 @@ class Monitor:
     def close(self) -> None:
         self.end_progress()
         if self._window:
-            self._show(self._at)
+            self._show(self._times[-1][0])
         if self._stop_serving:
             self._stop_serving()
         self._jsonl.close()
@@ -204,7 +198,10 @@ class Monitor:
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, iteration)
 
-    def _line(self, line: Mapping[str, object]) -> None:
+    def _line(self, iteration: int, kind: str, *contents: Mapping[str, object]) -> None:
+        line: dict[str, object] = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3)}
+        for content in contents:
+            line |= content
         try:
             self._jsonl.write(json.dumps(line).encode() + b"\n")
         except OSError as error:
@@ -247,12 +244,6 @@ class Monitor:
             return math.nan
         (first, began), (last, ended) = self._times[0], self._times[-1]
         return (ended - began) / (last - first) * (self.iterations - iteration)
-
-
-def _line(
-    iteration: int, kind: str, scalars: Mapping[str, float], lists: Mapping[str, object] | None = None
-) -> dict[str, object]:
-    return {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **scalars, **(lists or {})}
 
 
 def _progress(console: Console) -> Progress:

@@ -52,7 +52,11 @@ class Choices(Mapping[str, type[Any]]):
     def name_of(self, cls: type[Any]) -> str:
         """The name by which `cls` would be found: one that it has, or its import path."""
         path = f"{cls.__module__}:{cls.__qualname__}"
-        return next((name for name, p in self.paths.items() if p == path), path)
+        for names in (self.ours, self.paths):  # installed packages are asked only about what is not ours
+            for name, found in names.items():
+                if found == path:
+                    return name
+        return path
 
     def _check(self, name: str, found: object) -> None:
         wanted = imported(self.least, "interface")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +13,7 @@ from cluster.fleet.wire import Compression
 from cluster.record.checkpoint import Checkpointing
 from cluster.setup import families
 from cluster.setup.families import Kind
+from cluster.setup.tables import nearest
 from cluster.training.evaluation import Evaluation
 from cluster.training.policy import Policy
 from cluster.training.synchronous import Synchronous
@@ -56,10 +56,7 @@ class ObjectiveKeys:
     def __post_init__(self) -> None:
         if self.loss not in ("auto", *LOSSES) and not is_path(self.loss):
             known = ["auto", *LOSSES]
-            near = difflib.get_close_matches(self.loss, known, 1)
-            raise ValueError(
-                f"loss={self.loss!r} is not one of {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
-            )
+            raise ValueError(f"loss={self.loss!r} is not one of {', '.join(known)}{nearest(self.loss, known)}")
         for name in self.measures:
             if not is_path(name):
                 raise ValueError(f"measures={name!r}: package.module:function wanted")

@@ -49,7 +49,7 @@ def _value(hint: Any, value: Any, path: str, given: Any) -> Any:
                 "metafleet.load(directory, run) opens this run and metafleet.launch(run, directory) goes on with it"
             )
         return given
-    choices = CHOICES.get(getattr(hint, "__name__", ""))
+    choices = choices_of(hint)
     if choices is not None or dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ValueError(f"{path}={value!r}: a table wanted")
@@ -95,13 +95,11 @@ def rows_of(hint: Any) -> Any:
 def to_table(config: Any) -> Table:
     """The table that `from_table` reads back; every key is there, names of choices included."""
     hints = typing.get_type_hints(type(config)) if fields(type(config)) else {}
-    return {
-        f.name: _told(CHOICES.get(getattr(hints[f.name], "__name__", "")), hints[f.name], getattr(config, f.name))
-        for f in fields(type(config))
-    }
+    return {f.name: _told(hints[f.name], getattr(config, f.name)) for f in fields(type(config))}
 
 
-def _told(choices: Choices | None, hint: Any, value: Any) -> Any:
+def _told(hint: Any, value: Any) -> Any:
+    choices = choices_of(hint)
     if choices is not None:
         return named(choices, value)
     if dataclasses.is_dataclass(hint) and type(value) is not hint:
@@ -142,9 +140,9 @@ def _plain(value: Any) -> bool:
     return all(map(_plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int | float)
 
 
-def is_choice(cls: Any, key: str) -> bool:
-    """Whether a key of a class chooses among others by `name`."""
-    return getattr(typing.get_type_hints(cls)[key], "__name__", "") in CHOICES
+def choices_of(hint: Any) -> Choices | None:
+    """The classes among which a field declared so chooses by `name`; None for another field."""
+    return CHOICES.get(getattr(hint, "__name__", ""))
 
 
 def fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
@@ -165,10 +163,11 @@ def choose(table: Table, path: list[str], choice: str) -> None:
     for key in path[:-1]:
         table = table.setdefault(key, {})
     if table.get("name") != choice:
-        kinds = [choices for choices in CHOICES.values() if choice in choices.ours or choice in choices.paths]
-        known = {f.name for choices in kinds for f in fields(choices[choice])}
         if is_path(choice):
-            known = {f.name for f in fields(imported(choice, ".".join(path)))}
+            kinds = [imported(choice, ".".join(path))]
+        else:
+            kinds = [choices[choice] for choices in CHOICES.values() if choice in choices.paths]
+        known = {f.name for kind in kinds for f in fields(kind)}
         kept = {k: v for k, v in table.items() if isinstance(v, dict) and k in known}
         table.clear()
         table.update(kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -88,33 +88,15 @@ class Callbacks:
 
     def begin(self, hparams: Mapping[str, object], earlier: Sequence[Evaluated]) -> None:
         """Raises RunStopped, naming it, where one fails; so do the others."""
-        for callback in self.members:
-            try:
-                callback.on_begin(hparams, earlier)
-            except Exception as error:
-                raise _failed(callback, "on_begin", error) from error
+        self._asked("on_begin", lambda c: c.on_begin(hparams, earlier))
 
     def step(self, iteration: int, metrics: Mapping[str, float]) -> str:
         """Who asks to stop; "" for nobody."""
-        asking = ""
-        for callback in self.members:
-            try:
-                stop = callback.on_step(iteration, dict(metrics))
-            except Exception as error:
-                raise _failed(callback, "on_step", error) from error
-            asking = asking or (repr(callback) if stop else "")
-        return asking
+        return self._asked("on_step", lambda c: c.on_step(iteration, dict(metrics)))
 
     def evaluation(self, iteration: int, split: str, curves: Curves) -> str:
         """Who asks to stop; "" for nobody."""
-        asking = ""
-        for callback in self.members:
-            try:
-                stop = callback.on_evaluation(iteration, split, curves)
-            except Exception as error:
-                raise _failed(callback, "on_evaluation", error) from error
-            asking = asking or (repr(callback) if stop else "")
-        return asking
+        return self._asked("on_evaluation", lambda c: c.on_evaluation(iteration, split, curves))
 
     def end(self, state: str) -> None:
         """A failure here is a warning: the run has ended."""
@@ -123,6 +105,16 @@ class Callbacks:
                 callback.on_end(state)
             except Exception as error:
                 log.warning("%s", _failed(callback, "on_end", error))
+
+    def _asked(self, where: str, ask: Callable[[Callback], bool | None]) -> str:
+        asking = ""
+        for callback in self.members:
+            try:
+                stop = ask(callback)
+            except Exception as error:
+                raise _failed(callback, where, error) from error
+            asking = asking or (repr(callback) if stop else "")
+        return asking
 
 
 def _failed(callback: Callback, where: str, error: Exception) -> RunStopped:

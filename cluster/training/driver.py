@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from typing import Any
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 
@@ -14,12 +15,12 @@ from cluster.fleet.machine import environment, set_up_torch
 from cluster.fleet.messages import FleetEvent, RunStopped
 from cluster.fleet.pool import Pool
 from cluster.fleet.recipe import Recipe
-from cluster.record import journal
 from cluster.record.checkpoint import Checkpointing, Checkpoints, State, Work
 from cluster.record.journal import Journal, unfinished
 from cluster.record.lease import Fenced, Lease
 from cluster.record.mirror import Mirror
 from cluster.record.storage import Place, make_folder, place
+from cluster.results import history
 from cluster.results.monitor import Monitor
 from cluster.results.report import Report
 from cluster.training.callbacks import Callback, Callbacks, Evaluated
@@ -95,7 +96,7 @@ class Driver:
             self.lease = self._lease or stack.enter_context(Lease(self.directory).held())
             self._open(stack)
             try:
-                self._callbacks.begin(self._hparams, self._earlier)
+                self._callbacks.begin(self._hparams, self._earlier())
                 while self.iteration < self.iterations and not self._asked:
                     self.iterate()
                 self._collect(wait=True)
@@ -149,15 +150,15 @@ class Driver:
             self._restore(restored)
         self.roster = Roster(self._facts, allow_mixed=self._allow_mixed_fleet)
         path = self.directory / "journal"
-        self._asked = self._stopped_before() if restored else ""
-        tickets, next_ticket = unfinished(path)
+        before = unfinished(path)
+        self._asked = self._stopped_before(before.stops) if restored else ""
         self.journal = Journal(path, self.lease.check)
         stack.callback(self.journal.close)
-        self.ledger = Ledger(self.journal, max(next_ticket, restored.next_ticket if restored else 0))
+        self.ledger = Ledger(self.journal, max(before.following, restored.next_ticket if restored else 0))
         if restored:
             self.ledger.restore(restored.counts)
-        if tickets:  # of an attempt that was killed
-            self.journal.write("abandon", tickets=tickets)
+        if before.tickets:  # of an attempt that was killed
+            self.journal.write("abandon", tickets=before.tickets)
         self.journal.write(
             "attempt", schema=JOURNAL_SCHEMA, attempt=self.lease.attempt, iteration=self.iteration,
             theta=digest(self.meta), configuration=self._hparams, driver=environment(), **self._facts,
@@ -171,16 +172,13 @@ class Driver:
         self.stepper = self.policy.begin(
             self.recipe.outer, self.dispatcher, batch, restored.work if restored else Work()
         )
-        self.mirror = Mirror(self.directory, self.lease.check, kept=("metrics.jsonl",))
+        self.mirror = Mirror(self.directory, self.lease.check, kept=(history.METRICS,))
         stack.callback(self.mirror.close)
         self.monitor = Monitor(
             self.mirror.local, self.iteration, self.iterations, prometheus_port=self._prometheus_port, counters=COUNTS
         )
         stack.callback(self.monitor.close)
         self.monitor.best = self._best
-        self._earlier = [
-            Evaluated(row["iteration"], row["curve"]) for row in self.monitor.rows() if row["kind"] == "validation"
-        ] if self._callbacks.members else []  # fmt: skip
         if restored and restored.evaluation_due and self.evaluation.validation_tasks:
             self._evaluate()
         self._status("running", now=True)
@@ -261,15 +259,19 @@ class Driver:
         self._status("finished", now=True)
         self._callbacks.end("finished")
 
+    def _earlier(self) -> list[Evaluated]:
+        """What validation said in the attempts before this one, for callbacks where there are any."""
+        rows = history.lines(self.mirror.local) if self._callbacks.members else []
+        return [Evaluated(row["iteration"], row["curve"]) for row in rows if row["kind"] == "validation"]
+
     def _note_stop(self) -> None:
         """A callback asked: the run is finished here, also for whoever begins it again as it is."""
         self.journal.write("stop", iteration=self.iteration, iterations=self.iterations, reason=self._asked)
         self.monitor.end_progress()
         self.monitor.message(f"stopped at iteration {self.iteration} of {self.iterations}: {self._asked}")
 
-    def _stopped_before(self) -> str:
+    def _stopped_before(self, stops: list[dict[str, Any]]) -> str:
         """Who asked an earlier attempt at as many iterations to stop where the checkpoint is; "" for nobody."""
-        stops = [r for r in journal.read(self.directory / "journal") if r["kind"] == "stop"]
         here = [r["reason"] for r in stops if (r["iteration"], r["iterations"]) == (self.iteration, self.iterations)]
         return here[-1] if here else ""
 

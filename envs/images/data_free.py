@@ -73,9 +73,7 @@ class DataFree(Episodes):
             return self._rows(rng)
         check_split(split)
         task = super().sample(split, rng)
-        if not self.mean:
-            return task
-        return task | {k: _normalised(task[k], self.mean, self.std) for k in ("support_x", "query_x")}
+        return task | {k: self.from_pixels(task[k]) for k in ("support_x", "query_x")}
 
     def pixels(self, images: Array) -> Array:
         if not self.mean:

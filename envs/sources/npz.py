@@ -39,7 +39,7 @@ class Npz(Decoded):
     """Share for validation; the rest is for test."""
 
     def decode(self, path: Path, fingerprint: str) -> tuple[Array, Index]:
-        content = _content(path)
+        content = content_of(path)
         pairs = {k[:-1] for k in content if k[-2:] in ("x", "y", "_x", "_y")}  # "" or "train_" …
         halves = [f"{k}{end}" for k in sorted(pairs) for end in "xy" if f"{k}{end}" not in content]
         if not pairs or halves or ("" in pairs and len(pairs) > 1):
@@ -53,7 +53,8 @@ class Npz(Decoded):
         return collected(str(path), rows, self.train, self.validation, fingerprint)
 
 
-def _content(path: Path) -> Arrays:
+def content_of(path: Path) -> Arrays:
+    """The arrays of an .npz file by name. Raises ValueError for another file, and for one that holds objects."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not an .npz file of plain arrays (no zip, or cut short)")
     try:

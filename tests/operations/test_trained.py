@@ -14,8 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import metafleet as public
+from cluster.fleet import seeds
 from envs.images.episodes import Episodes
 from envs.sources.glyphs import Glyphs
+from learners.models.networks import Conv4
 from metafleet import MAML, Evaluation, ProtoNet, Run, launch, load
 from tests.commands import TINY, metafleet, refusal
 
@@ -56,11 +58,10 @@ def test_a_run_of_pythons_objects_adapts_as_plain_autograd_does(tmp_path: Path) 
 
 
 def test_predictions_agree_with_evaluation(tmp_path: Path, data_folder: Path) -> None:
-    few = launch(Run(task=EPISODES, model=_conv4(), learner=MAML(0.1, 2), **KEYS), tmp_path / "r")
+    few = launch(Run(task=EPISODES, model=Conv4(width=4), learner=MAML(0.1, 2), **KEYS), tmp_path / "r")
     right = []
     for i in range(4):
-        rng = few.run.task.sample
-        task = rng("test", _generator(i))
+        task = few.run.task.sample("test", _generator(i))
         fitted = few.adapt(task["support_x"], np.array(["c", "a", "b"])[task["support_y"]])
         assert list(fitted.classes_) == ["a", "b", "c"]
         order = np.array([2, 0, 1])  # label 0 is called c, which is the last of the sorted ones
@@ -75,7 +76,7 @@ def test_predictions_agree_with_evaluation(tmp_path: Path, data_folder: Path) ->
 
 
 def test_fewer_and_more_classes_than_in_training(tmp_path: Path, data_folder: Path) -> None:
-    few = launch(Run(task=EPISODES, model=_conv4(), learner=MAML(0.1, 2), **KEYS), tmp_path / "r")
+    few = launch(Run(task=EPISODES, model=Conv4(width=4), learner=MAML(0.1, 2), **KEYS), tmp_path / "r")
     x = np.random.default_rng(0).random((10, 1, 16, 16), dtype=np.float32)
     assert few.adapt(x[:4], [0, 0, 1, 1]).predict_proba(x).shape == (10, 2)
     wide = few.adapt(x, [0, 1, 2, 3, 4] * 2, steps=0)
@@ -95,7 +96,7 @@ def test_fewer_and_more_classes_than_in_training(tmp_path: Path, data_folder: Pa
 def test_what_does_not_fit_is_one_sentence(
     tmp_path: Path, data_folder: Path, x: np.ndarray, y: list[int], sentence: str
 ) -> None:
-    few = launch(Run(task=EPISODES, model=_conv4(), learner=ProtoNet(), **KEYS), tmp_path / "r")
+    few = launch(Run(task=EPISODES, model=Conv4(width=4), learner=ProtoNet(), **KEYS), tmp_path / "r")
     with pytest.raises(ValueError, match=sentence):
         few.adapt(x, y)
 
@@ -153,13 +154,5 @@ def test_public_names_are_these() -> None:
         public.lunch
 
 
-def _conv4() -> object:
-    from learners.models.networks import Conv4
-
-    return Conv4(width=4)
-
-
 def _generator(index: int) -> np.random.Generator:
-    from cluster.fleet import seeds
-
     return seeds.generator(0, "test", index, "task")

@@ -135,9 +135,8 @@ def test_a_journal_in_segments_reads_like_a_file(store: Place, tmp_path: Path, m
             written.sync()
             written.close()
     assert list(journal.read(store / "journal")) == list(journal.read(tmp_path / "journal"))
-    assert (
-        journal.unfinished(store / "journal") == journal.unfinished(tmp_path / "journal") == ([35, 36, 37, 38, 39], 40)
-    )
+    unfinished = [journal.unfinished(folder / "journal") for folder in (store, tmp_path)]
+    assert unfinished == [([35, 36, 37, 38, 39], 40, [])] * 2
     assert len(storage.children(store / "journal")) > 10
 
 

@@ -313,6 +313,18 @@ def test_a_kill_leaves_tickets_that_the_next_attempt_abandons(tmp_path: Path) ->
     assert journal.unfinished(tmp_path / "journal")[0] == []
 
 
+def test_a_journal_damaged_in_the_middle_stops_no_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = quadratic_recipe()
+    run(recipe, tmp_path / "r", iterations=2)
+    path = tmp_path / "r" / "journal"
+    damaged = bytearray(path.read_bytes())
+    damaged[14] ^= 1
+    path.write_bytes(damaged)
+    resumed = run(recipe, tmp_path / "r", iterations=4)
+    assert "set aside" in caplog.text
+    assert digest(resumed) == digest(run(recipe, tmp_path / "whole", iterations=4))
+
+
 def test_an_evaluation_cut_off_by_a_stop_is_made_up_for(tmp_path: Path) -> None:
     recipe = quadratic_recipe()
     asked = iter(range(10**6))
